@@ -8,6 +8,7 @@
     |   +-- RunFolderError      an output_dir that can't be written, or holds another run
     |   +-- TrainingError       the run can't go on: memory, disk, non-finite numbers
     +-- NegativeAnswer          exit 3: the work was done and the answer is no
+    +-- Interrupted             exit 130 or 143: a signal came; the checkpoint is written
 
 To add one: subclass the nearest of these, and say in its docstring what the user did. A message names the
 culprit, the value it had, and what to do; it is printed without a traceback, so it must stand alone.
@@ -62,6 +63,14 @@ class NegativeAnswer(LoraError):
     """The question was answered, and the answer is no: does not fit, not verified, not better."""
 
     exit_code = 3
+
+
+class Interrupted(LoraError):
+    """A signal asked the run to stop, and it did, after writing a checkpoint. Exits as a shell would: 128 + signal."""
+
+    def __init__(self, signal_number: int, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.exit_code = 128 + signal_number
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""The exact characters that each assistant's turn has in a rendered conversation.
+
+Templates say nothing about spans, so they are derived, by rendering and comparing:
+
+- A turn with plain content is rendered twice, once with its content replaced by a word that occurs nowhere else.
+  What stands in the word's place is the content (but for white space at its ends), or the template changes it.
+- A turn with thinking or tool calls, and one whose content the template rearranges, is what follows the
+  generation prompt: all of it is what the model has to produce.
+- The turn ends in the control token after its words: the model's stop token, if there is one (`Controls`).
+
+A conversation is one example if each turn stands in the whole as it does when it is the last one. A template that
+rewrites earlier turns (thinking stripped, tools moved) gives one example per trained turn, each rendered as
+inference would see it. Where neither way finds the words, that is an error.
+
+Knows characters; knows nothing about tokens beyond the spelling of control tokens. `shapes` makes this fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.data.controls import Controls
+from lora_cli.data.formats import Message
+from lora_cli.data.marked import Span
+from lora_cli.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tools = Sequence[dict[str, Any]]
+
+PLAIN_KEYS = {"role", "content"}
+_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_STAND_IN = "zqStandInWordqz"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The last message of a rendered conversation."""
+
+    text: str
+    start: int
+    """Where its words begin."""
+    stop: int
+    """Where they end."""
+    end: int
+    """Where the control tokens that close it end; `stop` where the template closes it with none."""
+    append: int | None
+    """The stop token that the model is to produce where the template writes none."""
+
+    @property
+    def trained(self) -> Span:
+        """The words and what ends them; a token to append follows the white space after the words."""
+        return self.start, self.end if self.append is None else len(self.text)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One example of a conversation: its first `messages` messages, rendered."""
+
+    messages: int
+    text: str
+    trained: tuple[Span, ...]
+    append: int | None
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and how it lays out turns."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Controls) -> None:
+        self._tokenizer = tokenizer
+        self._controls = controls
+        eos = tokenizer.eos_token
+        self._eos: int | None = controls.ids.get(eos) if eos and controls.is_stop(eos) else None
+        self.notes: dict[str, str] = {}
+        """Things about the template that the user should know, by kind."""
+
+    def render(self, messages: Sequence[Message], tools: Tools, *, generation: bool = False) -> str:
+        """The template's text.
+
+        Raises:
+            DataError: the template refuses the conversation.
+        """
+        import jinja2
+
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the chat template is broken: line {error.lineno}: {error.message}") from error
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"the chat template refuses the conversation: {error}",
+                remedy="Change the row, or give a template that takes it as data.chat_template.",
+            ) from error
+
+    def renderings(self, messages: Sequence[Message], trained: frozenset[int], tools: Tools) -> list[Rendering]:
+        """The examples of a conversation: one, or one per trained turn where the template rewrites earlier turns.
+
+        Raises:
+            DataError: the template refuses the conversation, or hides where a turn's words are.
+        """
+        order = sorted(trained)
+        turns = [self.turn(messages[: index + 1], tools) for index in order]
+        last = len(messages) - 1
+        text = turns[-1].text if order[-1] == last else self.render(messages, tools)
+        spans = [self._within(text, turn) for turn in turns]
+        if all(span is not None for span in spans):
+            append = turns[-1].append if order[-1] == last else None
+            return [Rendering(len(messages), text, tuple(span for span in spans if span is not None), append)]
+        self.notes["rewrites"] = (
+            "the chat template writes earlier turns otherwise than the last one; such rows become one example per turn"
+        )
+        return [
+            Rendering(index + 1, turn.text, (turn.trained,), turn.append)
+            for index, turn in zip(order, turns, strict=True)
+        ]
+
+    def turn(self, messages: Sequence[Message], tools: Tools) -> Turn:
+        """Where the last message's words are when the conversation ends with it."""
+        text = self.render(messages, tools)
+        message = messages[-1]
+        words = None
+        if not message.keys() - PLAIN_KEYS:
+            words = self._around_stand_in(text, messages, tools)
+        if words is None:
+            words = self._after_prompt(text, messages, tools)
+        start, stop = words
+        end, closed_by = self._controls.closing(text, stop)
+        append = None
+        if closed_by is None and not text[stop:].strip():
+            append = self._stop_to_append(messages, tools, text, stop)
+        if closed_by is not None and not self._controls.is_stop(closed_by):
+            self.notes["stop"] = (
+                f"the chat template ends turns with {closed_by}, which is none of the model's stop tokens: "
+                "generation may not end by itself"
+            )
+        return Turn(text, start, stop, end, append)
+
+    def note_prompt(self, messages: Sequence[Message], tools: Tools, turn: Turn) -> None:
+        """Note it where an answer is rendered after something else than the prompt that generation starts from."""
+        prompt = self.render(messages[:-1], tools, generation=True)
+        if not turn.text.startswith(prompt):
+            self.notes["prompt"] = (
+                f"generation starts from a prompt that ends in {prompt[-24:]!r}, which the chat template leaves out "
+                "in front of the answers it is trained on"
+            )
+
+    def _around_stand_in(self, text: str, messages: Sequence[Message], tools: Tools) -> Span | None:
+        """The words of a plain turn, or None where the template does more than place them."""
+        content = messages[-1]["content"] or ""
+        replaced = self.render([*messages[:-1], {**messages[-1], "content": _STAND_IN}], tools)
+        before, found, after = replaced.partition(_STAND_IN)
+        stop = len(text) - len(after)
+        if not found or _STAND_IN in after or not len(before) <= stop:
+            return None
+        if text[: len(before)] != before or text[stop:] != after or text[len(before) : stop].strip() != content.strip():
+            return None
+        return len(before), stop
+
+    def _after_prompt(self, text: str, messages: Sequence[Message], tools: Tools) -> Span:
+        """The words of a turn with more than plain content: all that follows the generation prompt."""
+        prompt = self.render(messages[:-1], tools, generation=True)
+        field = f"messages[{len(messages) - 1}]"
+        if not text.startswith(prompt):
+            raise DataError(
+                f"{field}: can't tell which rendered characters are the assistant's words: the chat template changes "
+                "the content, and the rendered turn does not begin with the generation prompt",
+                remedy="Give the content without thinking tags (thinking has its own key, reasoning_content), or a\n"
+                "template that renders what it is given as data.chat_template.",
+            )
+        written = _squeezed(text[len(prompt) :])
+        for key, part in _parts(messages[-1]):
+            if _squeezed(part) not in written:
+                raise DataError(
+                    f"{field}.{key}: the chat template leaves it out",
+                    remedy="Remove it from the row, or give a template that renders it as data.chat_template.",
+                )
+        return len(prompt), self._controls.words_end(text, len(prompt))
+
+    def _within(self, text: str, turn: Turn) -> Span | None:
+        """The turn's span in the whole conversation, or None where the whole has it otherwise."""
+        if text[: turn.end] != turn.text[: turn.end]:
+            return None
+        if len(text) == len(turn.text) or turn.append is None:
+            return turn.trained
+        # The template leaves the end of a turn to the header of the next one (GLM's <|user|>).
+        stop = self._controls.stop_at(text, turn.stop)
+        return turn.start, turn.stop if stop is None else stop[0]
+
+    def _stop_to_append(self, messages: Sequence[Message], tools: Tools, text: str, stop: int) -> int | None:
+        """What the model is to end this turn with: the stop token a next turn would begin with, or else EOS."""
+        following = "tool" if messages[-1].get("tool_calls") else "user"
+        try:
+            longer = self.render([*messages, {"role": following, "content": _STAND_IN}], tools)
+        except DataError:
+            return self._eos
+        if longer.startswith(text[:stop]):
+            found = self._controls.stop_at(longer, stop)
+            if found is not None:
+                return found[1]
+        return self._eos
+
+
+def _parts(message: Message) -> list[tuple[str, str]]:
+    """What the row says in a turn, piece by piece, as far as templates write it unchanged."""
+    parts = [("content", message["content"] or "")]
+    parts += [(key, message[key]) for key in _THINKING_KEYS if isinstance(message.get(key), str)]
+    for call in message.get("tool_calls") or []:
+        if isinstance(call, dict):
+            function = call.get("function", call)
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                parts.append(("tool_calls", function["name"]))
+    return parts
+
+
+def _squeezed(text: str) -> str:
+    """Without white space, which templates trim and add."""
+    return "".join(text.split())

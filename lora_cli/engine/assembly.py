@@ -1,0 +1,80 @@
+"""The live model: base weights, adapter, attention, checkpointing, as a prepared run says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lora_cli.config import Config
+from lora_cli.engine.computation import Computation
+from lora_cli.engine.selftest import Proof
+from lora_cli.model.adapter import attach_adapter
+from lora_cli.model.dtypes import resolve_dtype
+from lora_cli.model.weights import load_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def make_computation(config: Config, proof: Proof, device: torch.device) -> Computation:
+    """How the forward pass will run, from what was proven."""
+    return Computation(
+        packing=proof.packing,
+        loss=proof.loss,
+        dtype=resolve_dtype(config.model.dtype, device),
+        attention=proof.attention,
+    )
+
+
+def load_model(
+    config: Config, architecture: PretrainedConfig, computation: Computation, device: torch.device
+) -> PreTrainedModel:
+    """The base with its weights on `device`, frozen; in full fine-tuning float32 and ready to train."""
+    full = config.adapter is None
+    dtype = torch.float32 if full else computation.dtype
+    base = load_base(config.model, architecture, device=device, dtype=dtype, attention=computation.attention)
+    base.config.use_cache = False
+    return base
+
+
+def make_trainable(
+    base: PreTrainedModel, config: Config, computation: Computation, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | PeftModel:
+    """The base with its adapter attached and in training mode; itself, all parameters trainable, without one."""
+    if config.model.resize_embeddings and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    computation.prepare(base)
+    if config.adapter is None:
+        base.requires_grad_(True)
+        return base.train()
+    model = attach_adapter(base, config.adapter, seed=config.train.seed)
+    if computation.dtype != torch.float32:
+        leave_casting_to_autocast(model)
+    return model.train()
+
+
+def leave_casting_to_autocast(model: nn.Module) -> None:
+    """Stop PEFT from casting a layer's input to float32, only for autocast to cast it back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal language model itself, with whatever PEFT has injected into it."""
+    from peft import PeftModel
+
+    found: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return found
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by name, tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,118 @@
+"""Text from a model, greedily or by sampling, with the model's own attention and a cache.
+
+Prompts of one length run as one batch, so that there is no padding here either and a prompt's answer never depends
+on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_cli.engine.attention import use_attention
+from lora_cli.engine.computation import Computation
+from lora_cli.engine.scoring import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, by transformers' names; temperature 0 is greedy."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer."""
+
+    token_ids: tuple[int, ...]
+    """Without the prompt and without the stop token."""
+    text: str
+    stop_reason: str
+    """`stop` when the model ended by itself, `length` when it was cut at max_new_tokens."""
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    computation: Computation,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    stop_token_ids: frozenset[int],
+    sampling: Sampling,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Generated]:
+    """An answer for each prompt (token ids), in order."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(index)
+    answers: dict[int, Generated] = {}
+    device = next(model.parameters()).device
+    with generating(model, computation), computation.autocast(device):
+        for _, indices in sorted(by_length.items()):
+            for start in range(0, len(indices), batch_size):
+                group = indices[start : start + batch_size]
+                input_ids = torch.tensor([list(prompts[i]) for i in group], device=device)
+                for index, ids in zip(group, _run(model, input_ids, stop_token_ids, sampling), strict=True):
+                    answers[index] = _finish(tokenizer, ids, stop_token_ids)
+                if progress is not None:
+                    progress(len(answers), len(prompts))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _run(
+    model: PreTrainedModel, input_ids: torch.Tensor, stop_token_ids: frozenset[int], sampling: Sampling
+) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    stops = sorted(stop_token_ids)
+    sampled = sampling.temperature > 0
+    choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k} if sampled else {}
+    torch.manual_seed(sampling.seed)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampled,
+            eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+            use_cache=True,
+            **choice,
+        ),
+    )
+    new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
+    return new
+
+
+def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_token_ids: frozenset[int]) -> Generated:
+    end = next((i for i, token in enumerate(ids) if token in stop_token_ids), None)
+    kept = ids if end is None else ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    return Generated(tuple(kept), str(text), "length" if end is None else "stop")
+
+
+@contextmanager
+def generating(model: PreTrainedModel, computation: Computation) -> Iterator[None]:
+    """Within it, the model has its own attention, a cache and no checkpointing; after it, what training needs."""
+    use_attention(model, computation.attention)
+    model.config.use_cache = True
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        model.config.use_cache = False
+        computation.prepare(model)

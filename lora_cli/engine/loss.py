@@ -1,0 +1,185 @@
+"""The loss of a micro-batch, at supervised positions only.
+
+`chunked` runs the backbone once and the model's own head on a few positions at a time, taking the gradient on the
+way, so that logits `[T, V]` never exist. `full` is transformers' own loss, for comparisons and for models whose head
+can't be told apart from the rest. Both return the sum over supervised tokens, in float32: whoever calls divides.
+
+Dimension names: T tokens, S supervised positions, C positions of a chunk, M model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lora_cli.engine.batch import FlatBatch
+
+Head = Callable[[Tensor], Tensor]
+"""[C, M] hidden states to [C, V] logits."""
+
+# Logit values that exist at once. On a CPU a chunk should stay near the caches; on CUDA it should fill the card.
+_CHUNK_VALUES = {"cpu": 2**22, "cuda": 2**26}
+
+
+class NoHead(Exception):
+    """The model's head can't be run apart from its backbone."""
+
+
+def full_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Tensor:
+    """transformers' own loss as a sum over the supervised tokens, a float32 scalar. All logits exist at once."""
+    labels = torch.full_like(batch.input_ids, -100)
+    labels[0, batch.predictors + 1] = batch.targets
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        labels=labels,
+        use_cache=False,
+        **attention,
+    )
+    loss: Tensor = output.loss
+    return loss.float() * batch.num_supervised_tokens
+
+
+def chunked_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Tensor:
+    """The sum of the supervised tokens' losses, a float32 scalar. At most one chunk of logits exists at a time."""
+    hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
+    rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
+    if not torch.is_grad_enabled():
+        return torch.stack([piece.sum() for piece in _token_losses(hidden_SM, head, batch.targets, rows)]).sum()
+    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, *parameters)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def token_losses(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Tensor:
+    """[S] losses of the supervised tokens in float32, without gradients, for evaluation."""
+    with torch.no_grad():
+        hidden_SM, head, _ = _supervised_hidden(model, batch, attention)
+        rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
+        return torch.cat(list(_token_losses(hidden_SM, head, batch.targets, rows)))
+
+
+def full_token_losses(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Tensor:
+    """[S] losses as `token_losses` gives them, from the whole model's logits."""
+    with torch.no_grad():
+        logits_TV = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **attention,
+        ).logits[0]
+        return F.cross_entropy(logits_TV[batch.predictors].float(), batch.targets, reduction="none")
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model that its own forward calls for hidden states.
+
+    Raises:
+        NoHead: the model doesn't name one.
+    """
+    backbone = model.get_decoder()  # not the `base_model`: OPT's forward calls the decoder inside it
+    if not isinstance(backbone, nn.Module) or backbone is model:
+        raise NoHead(f"{type(model).__name__} names no backbone")
+    return backbone
+
+
+def _supervised_hidden(
+    model: PreTrainedModel, batch: FlatBatch, attention: dict[str, Any]
+) -> tuple[Tensor, Head, list[nn.Parameter]]:
+    """Hidden states at the predictors, the head, and what is trained in the head."""
+    backbone = backbone_of(model)
+    output = backbone(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        **attention,
+    )
+    hidden_SM = output.last_hidden_state[0].index_select(0, batch.predictors)
+    inside = {id(p) for p in backbone.parameters()}
+    embeddings = model.get_output_embeddings()
+    tied = list(embeddings.parameters()) if embeddings is not None else []
+    parameters = {id(p): p for p in (*(p for p in model.parameters() if id(p) not in inside), *tied)}
+    return hidden_SM, _head_of(model, backbone, type(output)), [p for p in parameters.values() if p.requires_grad]
+
+
+def _head_of(model: PreTrainedModel, backbone: nn.Module, output_type: type) -> Head:
+    """Whatever the model does after its backbone: Cohere scales its logits, Gemma 2 caps them, Granite divides them.
+
+    The model's own forward is run with the backbone standing still, so nothing of it needs to be known here.
+    """
+
+    def head(hidden_CM: Tensor) -> Tensor:
+        with _standing_still(backbone, output_type(last_hidden_state=hidden_CM[None])):
+            logits: Tensor = model(inputs_embeds=hidden_CM[None], use_cache=False).logits[0]
+        return logits
+
+    return head
+
+
+@contextmanager
+def _standing_still(backbone: nn.Module, output: Any) -> Iterator[None]:
+    """Within it, the backbone returns `output` whatever it is given."""
+    own = backbone.__dict__.get("forward")  # set where something else has replaced it for this instance
+    backbone.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del backbone.forward
+        if own is not None:
+            backbone.forward = own
+
+
+def _chunk_rows(device: torch.device, vocabulary: int) -> int:
+    return max(16, _CHUNK_VALUES.get(device.type, 2**26) // vocabulary)
+
+
+def _token_losses(hidden_SM: Tensor, head: Head, targets_S: Tensor, rows: int) -> Iterator[Tensor]:
+    for hidden_CM, targets_C in zip(hidden_SM.split(rows), targets_S.split(rows), strict=True):
+        yield F.cross_entropy(head(hidden_CM).float(), targets_C, reduction="none")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy summed over chunks; gradients are taken in the forward pass, while a chunk's logits exist.
+
+    The loss is a sum, so what backward still has to do is to multiply by the gradient that comes in: the same
+    arithmetic as recomputing the logits, once less. The idea is that of Liger's fused linear cross-entropy
+    (arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, rows: int, *parameters: Tensor) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_SM.device)
+        hidden_grads: list[Tensor] = []
+        parameter_grads: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        for hidden_CM, targets_C in zip(hidden_SM.split(rows), targets_S.split(rows), strict=True):
+            with torch.enable_grad():
+                hidden_CM = hidden_CM.detach().requires_grad_()
+                chunk = F.cross_entropy(head(hidden_CM).float(), targets_C, reduction="sum")
+                grads = torch.autograd.grad(chunk, (hidden_CM, *parameters), allow_unused=True)
+            loss += chunk.detach()
+            hidden_grads.append(_given(grads[0], hidden_CM))
+            for total, grad in zip(parameter_grads, grads[1:], strict=True):
+                if grad is not None:
+                    total += grad
+        hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden_SM)
+        ctx.save_for_backward(hidden_grad, *parameter_grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, *parameter_grads = ctx.saved_tensors
+        return (hidden_grad * grad.to(hidden_grad.dtype), None, None, None, *(g * grad for g in parameter_grads))
+
+
+def _given(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad

@@ -1,0 +1,154 @@
+"""A small random copy of a model that holds each kind of its layers once.
+
+What a self-test proves of the copy holds for the model, because the code that runs is the same: isolation of packed
+documents, positions, what stands between the backbone and the logits. The copy is float32, and its weights are drawn
+larger than transformers would draw them, so that a leak shows in the first digits and not in the fifth.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_cli.model.architecture import build_on_meta
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+VOCABULARY = 64
+WINDOW = 5
+"""Sliding windows and attention chunks of the copy: shorter than the documents that it is tried on."""
+
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner", "ffn_dim")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+_LARGEST = 300_000_000
+"""Parameters; what is larger isn't cheap to try."""
+
+
+class NoMiniature(Exception):
+    """No small copy of the model could be built; the message says why."""
+
+
+def miniature(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """A random float32 copy on the CPU, in eval mode, with few and narrow layers.
+
+    Raises:
+        NoMiniature: not even a copy that is shorter, but as wide as the model, can be built and run.
+    """
+    depth = _depth_with_every_kind(config)
+    failure = f"none has fewer than {_LARGEST:,} parameters"
+    for shrink in (_narrow_heads, _few_heads, _only_shorter):
+        try:
+            small = shrink(config, depth)
+            if _parameters(small) > _LARGEST:
+                continue
+            model = _build(small, seed)
+            with torch.no_grad():
+                model(input_ids=torch.arange(3)[None] + 3, use_cache=False)
+        except Exception as error:  # whatever the architecture's own code raises for numbers it can't have
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        return model
+    raise NoMiniature(failure)
+
+
+def _narrow_heads(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """The smallest copy: few heads of 16 values."""
+    small = _only_shorter(config, depth)
+    _narrow(small.get_text_config(), 16)
+    return small
+
+
+def _few_heads(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """Few heads, each as wide as the model's: rotary tables may be written out for that width."""
+    small = _only_shorter(config, depth)
+    _narrow(small.get_text_config(), None)
+    return small
+
+
+def _only_shorter(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    full_depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == full_depth:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+    text.vocab_size = VOCABULARY
+    for name in _TOKENS:
+        if hasattr(text, name):
+            setattr(text, name, None)
+    for name in _WINDOWS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, WINDOW)
+    if getattr(small, "quantization_config", None) is not None:
+        del small.quantization_config
+    return small
+
+
+def _narrow(text: PretrainedConfig, head_size: int | None) -> None:
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    own_head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    size = head_size or own_head_size
+    few_key_heads = min(key_heads, 2)
+    few_heads = few_key_heads * min(heads // key_heads, 2)
+    text.hidden_size = few_heads * size
+    text.num_attention_heads = few_heads
+    if getattr(text, "num_key_value_heads", None):
+        text.num_key_value_heads = few_key_heads
+    if vars(text).get("head_dim"):  # a property where it follows from the rest
+        text.head_dim = size
+    for name in _WIDTHS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, 2 * text.hidden_size)
+    for name in _EXPERTS:
+        if isinstance(getattr(text, name, None), int) and getattr(text, name) > 0:
+            setattr(text, name, min(getattr(text, name), 8))
+    if isinstance(getattr(text, "n_group", None), int):  # DeepSeek picks groups of experts first
+        text.n_group, text.topk_group = 2, 1
+    if isinstance(getattr(text, "num_experts_per_tok", None), int):
+        text.num_experts_per_tok = min(text.num_experts_per_tok, 2)
+
+
+def _depth_with_every_kind(config: PretrainedConfig) -> int:
+    """Layers from the first on until each kind of layer has come once: Gemma 3 needs 6, Llama 1."""
+    model = build_on_meta(config)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    depth = config.get_text_config().num_hidden_layers
+    for stack in stacks:
+        if len(stack) == depth:
+            kinds = [_kind(layer) for layer in stack]
+            return max(kinds.index(kind) for kind in set(kinds)) + 1
+    return int(depth)
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What tells one kind of layer from another: classes, shapes and plain settings, but not its number."""
+    found: list[Any] = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+    for module in layer.modules():
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "layer_idx"}
+        found.append((type(module).__name__, tuple(sorted((k, str(v)) for k, v in settings.items()))))
+    return tuple(found)
+
+
+def _parameters(small: PretrainedConfig) -> int:
+    return sum(p.numel() for p in build_on_meta(small).parameters())
+
+
+def _build(small: PretrainedConfig, seed: int) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model.eval()

@@ -1,0 +1,98 @@
+"""Optimizers and schedules by transformers' names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lora_cli.config import TrainConfig
+from lora_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+def make_optimizer(
+    train: TrainConfig, parameters: Mapping[str, nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer that `train.optim` names, over float32 parameters.
+
+    Matrices decay, vectors (biases, norms) don't. What PyTorch would choose by device is explicit: for each
+    tensor alone on a CPU, `foreach` on CUDA.
+
+    Raises:
+        UserError: a paged optimizer without CUDA, whose memory it pages.
+    """
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    rate = train.learning_rate
+    betas = (train.adam_beta1, train.adam_beta2)
+    foreach = {"foreach": device.type == "cuda"}
+    adam: dict[str, Any] = {"lr": rate, "betas": betas, "eps": train.adam_epsilon}
+    match train.optim:
+        case "adamw_torch":
+            return torch.optim.AdamW(groups, **adam, **foreach)
+        case "adamw_torch_fused":
+            return torch.optim.AdamW(groups, **adam, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=rate, **foreach)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr=rate, **foreach)
+        case "adagrad":
+            return torch.optim.Adagrad(groups, lr=rate, **foreach)
+        case "adafactor":
+            from transformers.optimization import Adafactor
+
+            return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+        case _:
+            return _bitsandbytes_optimizer(train, groups, adam, device)
+
+
+def _bitsandbytes_optimizer(
+    train: TrainConfig, groups: list[dict[str, Any]], adam: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    from bitsandbytes import optim
+
+    name = train.optim
+    if name.startswith("paged_") and device.type != "cuda":
+        raise UserError(
+            f"train.optim: {name} pages memory between GPU and host; there is no GPU here",
+            remedy=f"Set train.optim: {name.removeprefix('paged_')}"
+            if name != "paged_adamw"
+            else "Set train.optim: adamw_torch",
+        )
+    bits = 8 if name.endswith("8bit") else 32
+    paged = name.startswith("paged_")
+    if "lion" in name:
+        lion: torch.optim.Optimizer = optim.Lion(
+            groups, lr=adam["lr"], betas=adam["betas"], optim_bits=bits, is_paged=paged
+        )
+        return lion
+    adamw: torch.optim.Optimizer = optim.AdamW(groups, **adam, optim_bits=bits, is_paged=paged)
+    return adamw
+
+
+def make_scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+    """transformers' schedule of this name, one tick for each optimizer step."""
+    from transformers.optimization import get_scheduler
+
+    scheduler: LRScheduler = get_scheduler(
+        train.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=warmup_steps(train.warmup_steps, total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(train.lr_scheduler_kwargs),
+    )
+    return scheduler
+
+
+def warmup_steps(value: float, total_steps: int) -> int:
+    """Steps of warm-up: `value` itself, or below 1 that share of all steps, rounded up, as in transformers 5."""
+    return math.ceil(value * total_steps) if value < 1 else int(value)

@@ -1,0 +1,4 @@
+"""The base model, its tokenizer and its adapter: read, quantized, attached and counted.
+
+Knows transformers, PEFT and bitsandbytes; knows nothing about training steps, data or screens.
+"""

@@ -1,0 +1,208 @@
+"""Base weights: from safetensors to a model on a device, quantized or not.
+
+Refuses pickled weights before anything is opened, and names a shard that is missing. Knows nothing about adapters.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.config import ModelConfig, QuantizationConfig
+from lora_cli.errors import ModelError
+from lora_cli.model.dtypes import dtype_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+_INDEX = "model.safetensors.index.json"
+
+
+def load_base(
+    model: ModelConfig, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
+    """The base model on `device`, all parameters frozen.
+
+    Unquantized weights come in `dtype`; quantized ones compute in it unless `compute_dtype` says otherwise.
+
+    Raises:
+        ModelError: pickled or missing weight files, a checkpoint that doesn't fill the model, a base that comes
+            quantized by another method, or a model that bitsandbytes leaves mostly unquantized.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(model.name_or_path).expanduser()
+    if folder.is_dir():
+        check_weight_files(folder)
+    came_quantized = getattr(config, "quantization_config", None)
+    if came_quantized is not None:
+        _check_prequantized(came_quantized, model)
+    extra: dict[str, Any] = {}
+    if model.quantization is not None and came_quantized is None:
+        extra["quantization_config"] = bitsandbytes_config(model.quantization, dtype)
+    try:
+        base, info = AutoModelForCausalLM.from_pretrained(
+            model.name_or_path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(
+            f"{model.name_or_path}: weights can't be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            f"{model.name_or_path}: {len(missing)} tensors of the model are in no weight file, the first {missing[0]}",
+            remedy="The checkpoint is incomplete, or belongs to another architecture than config.json says.",
+        )
+    base.requires_grad_(False)
+    if model.quantization is not None:
+        _refuse_partial(base, model.quantization)
+        keep_packed_weights_unchanged(base)
+    result: PreTrainedModel = base
+    return result
+
+
+def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """transformers' quantization config for ours; `compute_dtype: auto` is the run's dtype."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = quantization.compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def keep_packed_weights_unchanged(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on the first evaluation.
+
+    On a CPU with AVX512_BF16, `Linear4bit.forward` in eval mode rewrites the packed weight for its inference
+    kernel, and every later backward pass reads it as if it had not: gradients are wrong without a word.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse a folder whose weights are pickled, incomplete or absent.
+
+    Raises:
+        ModelError: with the name of the file that is missing or must not be opened.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index.absolute()} is not an index of shards") from error
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise ModelError(
+                    f"{folder.absolute()}: shard {shard} is missing ({len(shards)} are named in {_INDEX})",
+                    remedy="Copy or download it again; nothing was loaded.",
+                )
+        return
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        raise ModelError(
+            f"{folder.absolute()}: only pickled weights ({pickled[0].name}); a pickle can run code when it is read",
+            remedy="Take the safetensors version of the model, or convert a copy that you trust, once:\n"
+            "  python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
+        )
+    raise ModelError(f"{folder.absolute()}: no *.safetensors weight files")
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes that the parameters of `model` take, as stored; tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def unquantized_share(model: nn.Module) -> float:
+    """The share of bytes, without embeddings and head, that quantization left in 16 or 32 bits."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    outside = {
+        id(p)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        if part is not None
+        for p in part.parameters()
+    }
+    kept = packed = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if isinstance(parameter, Params4bit | Int8Params):
+            packed += size
+        elif id(parameter) not in outside:
+            kept += size
+    return kept / (kept + packed) if kept + packed else 0.0
+
+
+def _refuse_partial(model: nn.Module, quantization: QuantizationConfig) -> None:
+    share = unquantized_share(model)
+    if share > 0.1 and not quantization.allow_partial:
+        raise ModelError(
+            f"quantization {quantization.type} reaches too little: {share:.0%} of the layers' bytes stay unquantized",
+            remedy="Fused experts are plain parameters that bitsandbytes leaves alone. To run all the same, set\n"
+            "model.quantization.allow_partial: true.",
+        )
+
+
+def _check_prequantized(found: Any, model: ModelConfig) -> None:
+    """A base that comes quantized is used when bitsandbytes made it and the config agrees, else refused by name."""
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = str(settings.get("quant_method", "unknown"))
+    asked = model.quantization.type if model.quantization is not None else None
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"{model.name_or_path} comes quantized by {method}, which can't be trained on here",
+            remedy="Take the 16-bit version of the model and set model.quantization: {type: nf4}.",
+        )
+    comes = "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
+    if asked != comes:
+        raise ModelError(
+            f"{model.name_or_path} comes quantized as {comes}; model.quantization says {asked or 'null'}",
+            remedy=f"Set model.quantization: {{type: {comes}}}, or take the 16-bit version of the model.",
+        )
+
+
+def describe_quantization(quantization: QuantizationConfig | None) -> str | None:
+    """`nf4, double quant`, for the plan."""
+    if quantization is None:
+        return None
+    double = quantization.type != "int8" and quantization.double_quant
+    return f"{quantization.type}, double quant" if double else quantization.type
+
+
+__all__ = [
+    "bitsandbytes_config",
+    "check_weight_files",
+    "describe_quantization",
+    "dtype_name",
+    "keep_packed_weights_unchanged",
+    "load_base",
+    "parameter_bytes",
+    "unquantized_share",
+]

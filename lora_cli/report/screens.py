@@ -1,0 +1,215 @@
+"""The screens of `train`, `check` and `params`, as text: each function lays one frozen value out for a width.
+
+The same figure is spelled by the same function wherever it appears. Knows nothing about how the values came
+about and nothing about colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_cli.plan import DataAccount, Engine, Memory, ModelFacts, ParameterReport, Plan, Steps, Writes
+from lora_cli.report import numbers
+from lora_cli.report.layout import INDENT, labelled, page_width, short_path, table, warning
+
+_BYTES_PER_MASTER = 4
+"""Adapters are trained and saved in fp32."""
+_PLACES_SHOWN = 3
+
+
+def render_plan(plan: Plan, width: int | None = None) -> str:
+    """What `train` shows before the first step."""
+    width = width or page_width()
+    rows = [
+        ("model", _model(plan.model, plan.parameters)),
+        ("adapter", _adapter(plan.model, plan.parameters)),
+        ("data", f"{_rows(plan.data)}; {_tokens(plan.data)}"),
+    ]
+    if plan.validation is not None:
+        rows.append(("valid", f"{_rows(plan.validation)}; {_tokens(plan.validation)}"))
+    rows.append(("steps", _steps(plan.steps)))
+    rows.append(("engine", _engine(plan)))
+    if plan.memory is not None:
+        rows.append(("memory", _memory(plan.memory, plan.engine)))
+    rows.append(("writes", _writes(plan.writes)))
+    lines = [line for label, text in rows for line in labelled(label, text, width)]
+    warnings = [line for text in plan_warnings(plan) for line in warning(text, width)]
+    return "\n".join([*lines, "", *warnings] if warnings else lines)
+
+
+def plan_warnings(plan: Plan) -> tuple[str, ...]:
+    """Everything in the plan that the user should know, each once."""
+    validation = plan.validation.warnings if plan.validation is not None else ()
+    return tuple(dict.fromkeys((*plan.warnings, *plan.data.warnings, *validation, *plan.engine.notes)))
+
+
+def base_parameters(report: ParameterReport) -> int:
+    return sum(kind.base_parameters for kind in report.by_module)
+
+
+def adapted_modules(report: ParameterReport) -> int:
+    return sum(kind.modules for kind in report.by_module if kind.trainable_parameters)
+
+
+def _model(model: ModelFacts, parameters: ParameterReport) -> str:
+    name = short_path(model.name) if model.name.startswith("/") else model.name
+    revision = f" @ {model.revision[:7]}" if model.revision else ""
+    text = f"{name}{revision}, {numbers.counts(base_parameters(parameters))} parameters, {model.dtype}"
+    if model.quantization:
+        text += f", {model.quantization}"
+    return text + (", with the repository's own code" if model.remote_code else "")
+
+
+def _adapter(model: ModelFacts, parameters: ParameterReport) -> str:
+    how = model.adapter or "none, every parameter is trained"
+    return f"{how}: {_trainable(parameters)}"
+
+
+def _trainable(parameters: ParameterReport) -> str:
+    share = numbers.trainable_share(parameters.trainable_percent)
+    return f"{numbers.counts(parameters.trainable)} trainable ({share})"
+
+
+def _rows(data: DataAccount) -> str:
+    text = numbers.counted(data.used, "row")
+    if data.dropped:
+        text = f"{numbers.counts(data.used)} of {numbers.counted(data.rows, 'row')}, {numbers.counts(data.dropped)} dropped"
+    return f"{text}, {numbers.counts(data.truncated)} truncated" if data.truncated else text
+
+
+def _tokens(data: DataAccount) -> str:
+    return f"{numbers.counted(data.num_tokens, 'token')}, {numbers.percent(data.supervised_percent)} trained"
+
+
+def _steps(steps: Steps) -> str:
+    epochs = f"{steps.epochs:g}" if steps.epochs == int(steps.epochs) else f"{steps.epochs:.2f}"
+    count = numbers.counts(steps.total)
+    if steps.total == steps.per_epoch * steps.epochs:
+        count += f" = {numbers.counted(int(steps.epochs), 'epoch')} x {numbers.counts(steps.per_epoch)}"
+    else:
+        count += f", {epochs} epochs of {numbers.counts(steps.per_epoch)}"
+    rate = numbers.learning_rate(steps.learning_rate)
+    schedule = f"lr {rate}, {steps.lr_scheduler_type}, {numbers.counts(steps.warmup)} warm-up"
+    return f"{count}, {numbers.counted(steps.batch_size, 'example')} each; {schedule}"
+
+
+_PACKING = {
+    "documents": "whole examples end to end",
+    "mask": "examples end to end behind a mask",
+    "single": "one example at a time",
+}
+
+
+def _engine(plan: Plan) -> str:
+    engine = plan.engine
+    processes = f" x {engine.processes}" if engine.processes > 1 else ""
+    checkpointing = "gradient checkpointing" if engine.gradient_checkpointing else "no gradient checkpointing"
+    dropout = f", dropout {engine.dropout:g}" if engine.dropout else ""
+    return (
+        f"{engine.device}{processes}; micro-batches of {numbers.counted(engine.micro_batch_tokens, 'token')}, "
+        f"{_PACKING[engine.packing]}; {engine.loss} loss, {checkpointing}{dropout}"
+    )
+
+
+def _memory(memory: Memory, engine: Engine) -> str:
+    need, have = _of_device(memory)
+    at = f"{need} of {have} GiB at {numbers.counted(engine.micro_batch_tokens, 'token')} a micro-batch"
+    # From the rounded figures, so that the line adds up as it's read.
+    spare = have - need
+    return f"{at}: fits, {spare:.1f} spare" if memory.fits else f"{at}: does not fit, {-spare:.1f} too much"
+
+
+def _of_device(memory: Memory) -> tuple[float, float]:
+    return round(memory.process_bytes / numbers.GIB, 1), round(memory.device_bytes / numbers.GIB, 1)
+
+
+def _writes(writes: Writes) -> str:
+    checkpoint = f"a checkpoint {writes.checkpoint_every} ({numbers.size(writes.checkpoint_bytes)} each)"
+    return f"{short_path(writes.output_dir)}, {checkpoint}, {numbers.size(writes.free_bytes)} free"
+
+
+def render_check(plan: Plan, width: int | None = None) -> str:
+    """What `check` shows: one line per thing it looked at, then the verdict."""
+    width = width or page_width()
+    modules = numbers.counted(adapted_modules(plan.parameters), "module")
+    steps = numbers.counted(plan.steps.total, "step")
+    findings = [
+        ("ok", "model", _model(plan.model, plan.parameters)),
+        ("ok", "adapter", f"{_adapter(plan.model, plan.parameters)} in {modules}"),
+        *_data_findings("data", plan.data),
+    ]
+    if plan.validation is not None:
+        findings += _data_findings("valid", plan.validation)
+    findings.append(("ok", "plan", f"{steps}; {_engine(plan)}"))
+    if plan.memory is not None:
+        findings.append(("ok" if plan.memory.fits else "no", "memory", _memory(plan.memory, plan.engine)))
+    enough = plan.writes.free_bytes > plan.writes.checkpoint_bytes
+    findings.append(("ok" if enough else "no", "disk", _writes(plan.writes)))
+    warnings = plan_warnings(plan)
+    lines = [
+        line
+        for mark, label, text in findings
+        for line in labelled(label, text, width, lead=f"{INDENT}{mark:<4}")
+    ]
+    lines += [line for text in warnings for line in labelled("", text, width, lead=f"{INDENT}!   ")]
+    return "\n".join([*lines, "", INDENT + _verdict(findings, len(warnings))])
+
+
+Finding = tuple[str, str, str]
+
+
+def _data_findings(label: str, data: DataAccount) -> list[Finding]:
+    text = f"{_rows(data)}; {_tokens(data)}"
+    for reason, places in data.reasons.items():
+        shown = ", ".join(short_path(place) for place in places[:_PLACES_SHOWN])
+        more = len(places) - _PLACES_SHOWN
+        text += f"\n{reason}: {shown}" + (f" and {numbers.counts(more)} more" if more > 0 else "")
+    length = f"the longest row has {numbers.counted(data.longest_seen, 'token')}"
+    length += f", {numbers.counts(data.longest)} of them used" if data.truncated else ""
+    return [("ok", label, text), ("ok", "length", length)]
+
+
+def _verdict(findings: list[Finding], warnings: int) -> str:
+    refused = [label for mark, label, _ in findings if mark == "no"]
+    if refused:
+        return f"not ready: {', '.join(refused)}"
+    return f"ready, {numbers.counted(warnings, 'warning')}" if warnings else "ready"
+
+
+def render_parameters(
+    report: ParameterReport, model: ModelFacts | None = None, width: int | None = None
+) -> str:
+    """What `params` shows: every kind of module, and what of it is trained."""
+    width = width or page_width()
+    rows = [
+        (
+            kind.name,
+            numbers.counts(kind.modules),
+            kind.shape,
+            numbers.counts(kind.base_parameters),
+            numbers.counts(kind.trainable_parameters) if kind.trainable_parameters else "",
+        )
+        for kind in report.by_module
+    ]
+    lines = []
+    if model is not None:
+        lines += [*labelled("model", _model(model, report), width)]
+        lines += [*labelled("adapter", model.adapter or "none, every parameter is trained", width), ""]
+    lines += table(("module", "count", "shape", "base", "trainable"), rows, width, dispensable=2)
+    share = numbers.trainable_share(report.trainable_percent)
+    total = f"{numbers.counts(report.trainable)} of {numbers.counts(report.total)} parameters, {share}"
+    return "\n".join([*lines, "", *labelled("trained", total, width)])
+
+
+def render_ranks(reports: Mapping[int, ParameterReport], width: int | None = None) -> str:
+    """What `params --ranks` shows: the same adapter at several ranks."""
+    rows = [
+        (
+            str(rank),
+            numbers.counts(report.trainable),
+            numbers.trainable_share(report.trainable_percent),
+            f"{report.trainable * _BYTES_PER_MASTER / numbers.MIB:,.1f} MiB",
+        )
+        for rank, report in reports.items()
+    ]
+    return "\n".join(table(("rank", "trainable", "of all", "adapter, fp32"), rows, width or page_width()))

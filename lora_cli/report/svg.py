@@ -1,0 +1,149 @@
+"""Line charts as inline SVG: axes, curves, dots, marks. Deterministic, without script, sized by the page.
+
+All colours are classes of the page's stylesheet. Charts given the same `steps` line up below each other.
+Knows nothing about training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from lora_cli.report.curves import Point, finite, thin, ticks
+
+WIDTH = 860
+LEFT = 58
+RIGHT = WIDTH - 10
+_TOP = 12
+_X_LABELS = 24
+_POINTS_PER_CURVE = 1000
+
+
+@dataclass(frozen=True)
+class Curve:
+    points: Sequence[Point]
+    css: str
+    """`raw`, `smooth` or `line`."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a step."""
+
+    step: int
+    kind: str
+    """`epoch`, `checkpoint`, `resume` or `halving`."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line to compare with."""
+
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    name: str
+    """For those who can't see it."""
+    steps: tuple[int, int]
+    curves: Sequence[Curve]
+    label: Callable[[float], str]
+    """How a value is written on the axis."""
+    height: int
+    dots: Sequence[Point] = ()
+    ringed: Point | None = None
+    level: Level | None = None
+    marks: Sequence[Mark] = ()
+    from_zero: bool = False
+    numbered: bool = True
+    """Whether the steps are written below; charts that share them say so once."""
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Maps `low` to `start` and `high` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def draw(chart: Chart) -> str:
+    """The chart as an `<svg>` element; its data attributes tell the page's script where a step stands."""
+    bottom = chart.height - (_X_LABELS if chart.numbered else _TOP)
+    first, last = chart.steps
+    across = _Scale(first, max(last, first + 1), LEFT, RIGHT)
+    low, high = _range(chart)
+    down = _Scale(low, high, bottom, _TOP)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {chart.height}" role="img" aria-label="{escape(chart.name)}" '
+        f'data-first="{first}" data-last="{max(last, first + 1)}" data-left="{LEFT}" data-right="{RIGHT}">'
+    ]
+    parts += [_row(chart.label(value), down(value)) for value in ticks(low, high, max(2, bottom // 32))]
+    if chart.numbered:
+        whole = [step for step in ticks(first, max(last, first + 1), 8) if step % 1 == 0]
+        parts += [_column(f"{step:,.0f}", across(step), bottom) for step in whole]
+    parts += [_mark(mark, across(mark.step), bottom) for mark in chart.marks]
+    if chart.level is not None:
+        y = down(chart.level.value)
+        parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
+        parts.append(
+            f'<text class="note" x="{RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(chart.level.text)}</text>'
+        )
+    parts += [_curve(curve, across, down) for curve in chart.curves]
+    for x, y in thin(finite(chart.dots), _POINTS_PER_CURVE):
+        parts.append(f'<circle class="dot" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3"/>')
+    if chart.ringed is not None:
+        x, y = chart.ringed
+        parts.append(f'<circle class="ring" cx="{across(x):.1f}" cy="{down(y):.1f}" r="7"/>')
+    parts.append(f'<path class="cursor" d="M{LEFT} {_TOP}V{bottom}" visibility="hidden"/></svg>')
+    return "".join(parts)
+
+
+def _range(chart: Chart) -> tuple[float, float]:
+    """The values shown, with a little air above and below."""
+    values = [
+        y for points in (*(curve.points for curve in chart.curves), chart.dots) for _, y in finite(points)
+    ]
+    if chart.level is not None:
+        values.append(chart.level.value)
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    if chart.from_zero:
+        low = min(low, 0.0)
+    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (low if chart.from_zero else low - air), high + air
+
+
+def _row(label: str, y: float) -> str:
+    return (
+        f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>'
+        f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>'
+    )
+
+
+def _column(label: str, x: float, bottom: float) -> str:
+    return f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>'
+
+
+def _mark(mark: Mark, x: float, bottom: float) -> str:
+    title = f"<title>{escape(mark.text)}</title>"
+    if mark.kind == "checkpoint":  # a small triangle on the axis
+        return f'<path class="checkpoint" d="M{x:.1f} {bottom - 5}l4 6h-8z">{title}</path>'
+    return f'<path class="{escape(mark.kind)}" d="M{x:.1f} {_TOP}V{bottom}">{title}</path>'
+
+
+def _curve(curve: Curve, across: _Scale, down: _Scale) -> str:
+    points = thin(finite(curve.points), _POINTS_PER_CURVE)
+    if not points:
+        return ""
+    path = "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in points)
+    # A single point has no length: a round cap makes it a dot.
+    return f'<path class="{escape(curve.css)}" d="M{path}{"h0" if len(points) == 1 else ""}"/>'

@@ -1,0 +1,191 @@
+"""Checkpoints: the state at a step's boundary, as safetensors and JSON.
+
+A checkpoint is written under a temporary name, flushed, given a manifest with the size and SHA-256 of each file, and
+renamed: a folder of that name is complete, or it is not there. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_cli.engine.step import Learner
+from lora_cli.errors import RunFolderError
+from lora_cli.runs import RunFolder
+
+_PARAMETERS = "trainable.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+_MANIFEST = "manifest.json"
+
+
+@dataclass
+class Position:
+    """Where a run stands; everything of the loop that outlives a step. Sums are since the last line written."""
+
+    step: int = 0
+    micro_batch_tokens: int = 0
+    train_seconds: float = 0.0
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    window_loss: float = 0.0
+    """Sum of token losses, nats."""
+    window_tokens: int = 0
+    window_supervised: int = 0
+    window_seconds: float = 0.0
+    step_losses: list[list[float]] = field(default_factory=list)
+    """[loss sum, supervised tokens] of each step so far, for the summary's first and last means."""
+    eval_losses: list[list[float]] = field(default_factory=list)
+    """[step, loss] of each evaluation."""
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    skipped_in_a_row: int = 0
+    metrics_bytes: int = 0
+    """Where metrics.jsonl ended."""
+    threads: int = 0
+
+
+def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fingerprint: str) -> Path:
+    """Write the state after `position.step`, complete or not at all."""
+    target = folder.checkpoint(position.step)
+    if target.exists():
+        return target
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    parameters = {name: p.detach().contiguous() for name, p in learner.parameters.items()}
+    tensors, scalars = _optimizer_state(learner)
+    save_file(parameters, temporary / _PARAMETERS)
+    save_file(tensors, temporary / _OPTIMIZER)
+    state = {
+        "position": asdict(position),
+        "fingerprint": fingerprint,
+        "optimizer": scalars,
+        "learning_rates": [group["lr"] for group in learner.optimizer.param_groups],
+        "scheduler": _plain(learner.scheduler.state_dict()),
+        "scaler": _plain(learner.scaler.state_dict()),
+        "rng": "drawn anew in each step from seed, step and process; nothing to store",
+    }
+    (temporary / _STATE).write_text(json.dumps(state, indent=1))
+    manifest = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    temporary.rename(target)
+    _flush(target.parent)
+    return target
+
+
+def load_checkpoint(path: Path, learner: Learner) -> tuple[Position, str]:
+    """Put a checkpoint's state into a learner; its position and the fingerprint of the data that it was made on.
+
+    Raises:
+        RunFolderError: the checkpoint belongs to a model with other trainable parameters.
+    """
+    saved = load_file(path / _PARAMETERS)
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in learner.parameters.items()}:
+        raise RunFolderError(f"{path} holds other trainable parameters than this config makes")
+    with torch.no_grad():
+        for name, parameter in learner.parameters.items():
+            parameter.copy_(saved[name])
+    state = json.loads((path / _STATE).read_text())
+    _restore_optimizer(learner, load_file(path / _OPTIMIZER), state)
+    learner.scheduler.load_state_dict(state["scheduler"])
+    learner.scaler.load_state_dict(state["scaler"])
+    return Position(**state["position"]), state["fingerprint"]
+
+
+def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Put only a checkpoint's trained parameters into place: the best ones, at the end of a run."""
+    saved = load_file(path / _PARAMETERS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+
+
+def newest_checkpoint(folder: RunFolder) -> Path | None:
+    """The newest complete checkpoint whose files are what its manifest says; None where there is none."""
+    for path in reversed(folder.checkpoints()):
+        if is_complete(path):
+            return path
+    return None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether each file of the manifest is there with its size and hash."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        return all(_facts(path / name) == facts for name, facts in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def prune_checkpoints(folder: RunFolder, limit: int | None, best_step: int | None) -> None:
+    """Keep the newest `limit` checkpoints, and the best one besides."""
+    if limit is None:
+        return
+    kept = {path.name for path in folder.checkpoints()[-limit:]}
+    if best_step is not None:
+        kept.add(folder.checkpoint(best_step).name)
+    for path in folder.checkpoints():
+        if path.name not in kept:
+            doomed = path.with_name(f".{path.name}.old")
+            path.rename(doomed)  # a half-removed folder must not look like a checkpoint
+            shutil.rmtree(doomed)
+
+
+def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Optimizer state by parameter name: tensors, and what else there is (bitsandbytes counts steps as an int)."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, parameter in learner.parameters.items():
+        for key, value in learner.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                # Clones: bitsandbytes shares one quantization map among all states, and safetensors refuses that.
+                tensors[f"{name}::{key}"] = value.detach().clone().contiguous()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def _restore_optimizer(learner: Learner, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    by_name: dict[str, dict[str, Any]] = {name: dict(values) for name, values in state["optimizer"].items()}
+    for key, tensor in tensors.items():
+        name, _, field_name = key.rpartition("::")
+        by_name.setdefault(name, {})[field_name] = tensor
+    names = {id(parameter): name for name, parameter in learner.parameters.items()}
+    order = [names[id(p)] for group in learner.optimizer.param_groups for p in group["params"]]
+    whole = learner.optimizer.state_dict()
+    whole["state"] = {index: by_name[name] for index, name in enumerate(order) if name in by_name}
+    for group, rate in zip(whole["param_groups"], state["learning_rates"], strict=True):
+        group["lr"] = rate
+    learner.optimizer.load_state_dict(whole)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can hold of a state; a schedule's functions are made again from the config."""
+    return {key: value for key, value in state.items() if isinstance(value, int | float | str | list | None)}
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,79 @@
+"""Metrics to experiment trackers, by accelerate's names: tensorboard, wandb, mlflow, trackio."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_cli.config import Config
+from lora_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """The trackers of a run; none of them is a valid number of trackers."""
+
+    trackers: tuple[Any, ...] = ()
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics to each tracker."""
+        values = {key: value for key, value in metrics.items() if key != "step"}
+        for tracker in self.trackers:
+            tracker.log(values, step=metrics["step"])
+
+    def finish(self) -> None:
+        """Flush and close them."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def start_trackers(config: Config, logging_dir: str, settings: dict[str, Any]) -> Trackers:
+    """Start the trackers that `train.report_to` names, each under the name of the run.
+
+    Raises:
+        UserError: a tracker whose package isn't installed.
+    """
+    if not config.train.report_to:
+        return Trackers()
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    for name in config.train.report_to:
+        _require(name)
+    accelerator = Accelerator(
+        log_with=list(config.train.report_to),
+        project_config=ProjectConfiguration(project_dir=logging_dir, logging_dir=logging_dir),
+        cpu=not _cuda(),
+    )
+    accelerator.init_trackers("lora", config=settings)
+    return Trackers(tuple(accelerator.trackers))
+
+
+def flat_settings(config: Config) -> dict[str, int | float | str | bool]:
+    """The config as dotted keys and plain values, which is what trackers take."""
+    found: dict[str, int | float | str | bool] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            found[prefix] = value if isinstance(value, int | float | str | bool) else str(value)
+
+    walk("", config.model_dump(mode="json"))
+    return found
+
+
+def _require(name: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(name) is None:
+        raise UserError(
+            f"train.report_to: {name} is not installed", remedy=f'pip install "lora-cli[{name}]", or leave it out'
+        )
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
