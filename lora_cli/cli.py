@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lora_cli import __version__
 from lora_cli.cli_errors import report_bug
 from lora_cli.cli_help import LoraCommand, LoraGroup
 from lora_cli.errors import NegativeAnswer, UserError
@@ -30,8 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-command = lambda name: app.command(name, cls=LoraCommand)  # noqa: E731
-
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Target = Annotated[
     str,
@@ -45,11 +44,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; prog
 
 
 @app.callback()
-def top() -> None:
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on))
+    ] = False,
+) -> None:
     """Fine-tune language models with LoRA and QLoRA from one YAML file."""
 
 
-@command("init")
+@app.command("init", cls=LoraCommand)
 def init(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")] = Path("lora.yaml"),
     model: Annotated[str | None, typer.Option(metavar="ID", help="Hub id or folder of the model.")] = None,
@@ -59,7 +62,10 @@ def init(
         Literal["nf4", "fp4", "int8"] | None, typer.Option(help="Quantize the base: QLoRA.")
     ] = None,
 ) -> None:
-    """Write a commented starter config."""
+    """Write a commented starter config.
+
+    Asks for the model and the data, unless they are given. Overwrites nothing.
+    """
     from lora_cli.config import starter_config
 
     if path.exists():
@@ -76,9 +82,12 @@ def init(
     print(f"wrote {path}\n\n  next     lora check {path}\n           lora train {path}")
 
 
-@command("check")
+@app.command("check", cls=LoraCommand)
 def check(config: ConfigFile, set_: Set = None, as_json: AsJson = False) -> None:
-    """Everything that can be known before the run."""
+    """Everything that can be known before the run.
+
+    Validates the config, reads the data, counts tokens and parameters, and makes the plan. Writes nothing.
+    """
     settings = _load(config, set_)
     from lora_cli.engine.planning import make_plan
     from lora_cli.report.console import Console, show
@@ -92,14 +101,17 @@ def check(config: ConfigFile, set_: Set = None, as_json: AsJson = False) -> None
         show(render_check(plan))
 
 
-@command("preview")
+@app.command("preview", cls=LoraCommand)
 def preview(
     config: ConfigFile,
     count: Annotated[int, typer.Option("-n", min=1, metavar="N", help="How many examples.")] = 3,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examples token by token, trained tokens marked."""
+    """Examples token by token, trained tokens marked.
+
+    Shows what the model will see, and on which tokens it will be trained. Loads no weights.
+    """
     settings = _load(config, set_)
     from lora_cli.engine.planning import load_preview
     from lora_cli.report.console import show
@@ -112,7 +124,7 @@ def preview(
         show(render_preview(examples))
 
 
-@command("params")
+@app.command("params", cls=LoraCommand)
 def params(
     config: ConfigFile,
     ranks: Annotated[
@@ -121,7 +133,10 @@ def params(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Parameter counts per module kind."""
+    """Parameter counts per module kind.
+
+    Needs the model's config.json alone: no weights, no data.
+    """
     wanted = _ranks(ranks)
     settings = _load(config, set_)
     from lora_cli.engine.planning import compare_ranks, parameter_report
@@ -142,7 +157,7 @@ def params(
         show(render_parameters(report))
 
 
-@command("estimate-vram")
+@app.command("estimate-vram", cls=LoraCommand)
 def estimate(
     config: ConfigFile,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="A card, as rtx-4090.")] = None,
@@ -151,7 +166,10 @@ def estimate(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Peak memory, what fits, what would make it fit."""
+    """Peak memory, what fits, what would make it fit.
+
+    Needs the model's config.json alone: no GPU, no weights, no data. Exits 3 if it does not fit.
+    """
     settings = _load(config, set_)
     from lora_cli.estimate import estimate_vram
     from lora_cli.report.console import show
@@ -165,7 +183,7 @@ def estimate(
     _answer(result.fits is not False, "it does not fit")
 
 
-@command("train")
+@app.command("train", cls=LoraCommand)
 def train(
     config: ConfigFile,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
@@ -176,7 +194,10 @@ def train(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train; --resume continues."""
+    """Train; --resume continues.
+
+    Validates everything before the first step, prints the plan, and writes only to output_dir.
+    """
     settings = _load(config, set_, output_dir=output_dir, no_cache=no_cache)
     from lora_cli.report.console import Console
     from lora_cli.train import train
@@ -187,7 +208,7 @@ def train(
         _print_json(summary.as_json())
 
 
-@command("eval")
+@app.command("eval", cls=LoraCommand)
 def evaluate(
     target: Target,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Rows to evaluate on.")] = None,
@@ -199,7 +220,10 @@ def evaluate(
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Base and adapter side by side."""
+    """Base and adapter side by side.
+
+    Scores the same rows with and without the adapter, with an interval for the difference.
+    """
     from lora_cli.evaluate import evaluate
     from lora_cli.report.console import Console, show
     from lora_cli.report.screens import render_evaluation
@@ -214,7 +238,7 @@ def evaluate(
     _answer(wanted is None or result.improvement >= wanted, "the adapter is not better by what was asked")
 
 
-@command("generate")
+@app.command("generate", cls=LoraCommand)
 def generate(
     target: Target,
     prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="May be repeated.")] = None,
@@ -228,7 +252,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 42,
     as_json: AsJson = False,
 ) -> None:
-    """Text from base and adapters."""
+    """Text from base and adapters.
+
+    The same prompts through the base and every adapter, for comparison.
+    """
     from lora_cli.evaluate import generate, read_prompts
     from lora_cli.report.console import show
     from lora_cli.report.screens import render_outputs
@@ -248,7 +275,7 @@ def generate(
         show(render_outputs(outputs))
 
 
-@command("merge")
+@app.command("merge", cls=LoraCommand)
 def merge(
     targets: Annotated[
         list[str],
@@ -264,7 +291,10 @@ def merge(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Streaming, verified merge."""
+    """Streaming, verified merge.
+
+    Writes a model that needs no adapter, and compares it with base + adapter. Exits 3 if they differ.
+    """
     from lora_cli.merge import merge
     from lora_cli.report.console import Console, show
     from lora_cli.report.screens import render_merge
@@ -286,9 +316,12 @@ def merge(
     _answer(result.verified is not False, "the merged model differs from base + adapter")
 
 
-@command("schema")
+@app.command("schema", cls=LoraCommand)
 def schema() -> None:
-    """JSON Schema of the config."""
+    """JSON Schema of the config.
+
+    For editors: lora schema > schema.json, and "# yaml-language-server: $schema=schema.json" in the config.
+    """
     from lora_cli.config import config_schema
 
     _print_json(config_schema())
@@ -301,8 +334,14 @@ def main() -> None:
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         app(arguments, prog_name="lora", obj={"debug": debug})
-    except Exception:
+    except Exception:  # whatever is left is a bug
         report_bug()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"lora {__version__}")
+        raise typer.Exit
 
 
 def _load(

@@ -25,9 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 _EXAMPLE = "lora init run.yaml && lora check run.yaml && lora train run.yaml"
-_EXIT_CODES = (
-    "0 done, 1 our bug, 2 yours to mend, 3 the answer is no, 130/143 interrupted. --debug shows tracebacks"
-)
+_EXIT_CODES = "0 done, 1 our bug, 2 yours to mend, 3 the answer is no, 130/143 interrupted"
 
 
 class LoraGroup(TyperGroup):
@@ -75,8 +73,13 @@ def help_page(summaries: dict[str, str]) -> str:
         for position, name in enumerate(names):
             label = group if position == 0 else ""
             summary = summaries[name].splitlines()[0].rstrip(".")
-            lines.append(f"{label:<9}{name:<15}{summary[0].lower()}{summary[1:]}")
-    return "\n".join([*lines, "", *_exit_codes()]) + "\n"
+            lines.append(f"{label:<9}{name:<15}{_uncapitalized(summary)}")
+    lines += ["", *_exit_codes(), "--debug     with any command: the traceback of an error"]
+    return "\n".join(lines) + "\n"
+
+
+def _uncapitalized(text: str) -> str:
+    return text if text[:2].isupper() else text[:1].lower() + text[1:]
 
 
 def _exit_codes() -> list[str]:

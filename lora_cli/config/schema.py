@@ -65,8 +65,10 @@ class ModelConfig(Section):
     quantization: QuantizationConfig | None = None
     """Base weights in 4 or 8 bits: {type: nf4} makes it QLoRA. null keeps them in dtype."""
 
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    """The attention operator, by transformers' names."""
+    attn_implementation: Literal[
+        "auto", "documents", "sdpa", "eager", "flash_attention_2", "flex_attention"
+    ] = "auto"
+    """The attention operator, by transformers' names. auto is documents, which keeps packed examples apart, where it is proven."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""

@@ -54,6 +54,7 @@ class Encoder:
             )
         self._backend: Any = tokenizer.backend_tokenizer
         self._controls = controls
+        self._control_ids = frozenset(controls.ids.values())
 
     def encode(self, texts: Sequence[MarkedText]) -> list[Example | DataError]:
         """The tokens of each text. A text that can't be encoded gives its error, for the caller to place."""
@@ -90,22 +91,24 @@ class Encoder:
     def _as_text(self, text: MarkedText, spelled: list[str]) -> _Tokens | DataError:
         """The tokens of a text whose data spells control tokens."""
         whole = next(self._plain([text.text]))
-        if len(text.data) != 1 or text.data[0] != (0, len(text.text)):
-            cut = self._pieces(text)
-            if cut.ids != whole.ids:
-                return DataError(
-                    f"the text {spelled[0]!r} is a control token of this tokenizer and can't be kept as text here",
-                    remedy="Take it out of the row, or spell it otherwise.",
-                )
-        with _plain_controls(self._backend):
-            return self._pieces(text)
+        cut, own = self._pieces(text)
+        if cut.ids == whole.ids:
+            with _plain_controls(self._backend):
+                kept, _ = self._pieces(text)
+            if sum(number in self._control_ids for number in kept.ids) == own:
+                return kept
+        return DataError(
+            f"the text {spelled[0]!r} is a control token of this tokenizer and can't be kept as text here",
+            remedy="Take it out of the row, or spell it otherwise.",
+        )
 
-    def _pieces(self, text: MarkedText) -> _Tokens:
-        """The tokens of the text between the template's own control tokens, and these by their ids."""
+    def _pieces(self, text: MarkedText) -> tuple[_Tokens, int]:
+        """The tokens of the text between the template's own control tokens, and these by their ids; how many."""
         ids: list[int] = []
         offsets: list[Span] = []
         position = 0
-        for start, end in [*self._template_controls(text), (len(text.text), len(text.text))]:
+        own = self._template_controls(text)
+        for start, end in [*own, (len(text.text), len(text.text))]:
             if position < start:
                 piece = next(self._plain([text.text[position:start]]))
                 ids += piece.ids
@@ -114,7 +117,7 @@ class Encoder:
                 ids.append(self._controls.ids[text.text[start:end]])
                 offsets.append((start, end))
             position = end
-        return _Tokens(ids, offsets)
+        return _Tokens(ids, offsets), len(own)
 
     def _template_controls(self, text: MarkedText) -> list[Span]:
         """Control tokens outside the data."""

@@ -31,8 +31,9 @@ class Rows(Protocol):
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         """Each row with its number: its line in a text file, its position elsewhere."""
 
-    def place(self, number: int) -> str:
-        """How messages call a row."""
+    @property
+    def around_number(self) -> tuple[str, str]:
+        """What a row's place has before and after its number: `train.jsonl:` and nothing."""
 
     def count(self) -> int:
         """How many rows there are, read as cheaply as the format allows."""
@@ -46,10 +47,16 @@ class File:
     """What the file formats have in common."""
 
     path: Path
+    label: str | None = None
+    """What to call the file where its own name would not tell it from another."""
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.label or self.path.name
+
+    @property
+    def around_number(self) -> tuple[str, str]:
+        return f"{self.name}:", ""
 
     def place(self, number: int) -> str:
         return f"{self.name}:{number}"

@@ -34,9 +34,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: the file can't be read, is compressed under a plain name, or isn't UTF-8.
     """
-    number = 0
-    for raw in raw_lines(path):
-        number += 1
+    for number, raw in enumerate(raw_lines(path), start=1):
         try:
             # A byte-order mark at the head of the file is not part of its first line.
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -33,8 +33,9 @@ class ArrowRows:
     def __iter__(self) -> Iterator[tuple[int, Row]]:
         yield from enumerate(self.table)
 
-    def place(self, number: int) -> str:
-        return f"{self.name}[{number}]"
+    @property
+    def around_number(self) -> tuple[str, str]:
+        return f"{self.name}[", "]"
 
     def count(self) -> int:
         return len(self.table)

@@ -35,7 +35,7 @@ class ArrayStore:
         self._digests = {name: hashlib.blake2b(digest_size=16) for name in DTYPES}
         self._files: dict[str, IO[bytes]] = {}
         if folder is not None:
-            self._files = {name: open(folder / f"{name}.bin", "wb") for name in DTYPES}
+            self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
 
     def append(self, chunk: Mapping[str, NDArray[np.generic]]) -> None:
         for name, values in chunk.items():

@@ -17,6 +17,7 @@ from lora_cli.config import Config
 from lora_cli.data.examples import Examples
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import steps_per_epoch
+from lora_cli.data.preview import ExamplePreview, preview_examples
 from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove
 from lora_cli.errors import ModelError
@@ -73,6 +74,14 @@ def compare_ranks(config: Config, ranks: Sequence[int]) -> dict[int, ParameterRe
         adapter = config.adapter.model_copy(update={"r": rank, "rank_pattern": None})
         reports[rank] = count_parameters(_on_meta(config.model_copy(update={"adapter": adapter}), architecture))
     return reports
+
+
+def load_preview(config: Config, count: int) -> tuple[ExamplePreview, ...]:
+    """The first `count` examples, token by token. Looks at the tokenizer and the data alone."""
+    architecture = read_architecture(config.model)
+    tokenizer = load_tokenizer(config.model)
+    stops = stop_tokens(tokenizer, architecture, config.model)
+    return preview_examples(config.data, tokenizer, stops, count=count)
 
 
 def make_plan(config: Config, emit: Emit = ignore) -> Plan:

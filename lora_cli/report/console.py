@@ -48,7 +48,7 @@ class Surface(Protocol):
 
 
 class Log:
-    """A pipe, a file, or a terminal that can't move its cursor: lines of text, no escapes, no carriage returns."""
+    """A pipe, a file, or a terminal that can't move its cursor: lines of text without escapes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -40,7 +40,7 @@ def smoothing_window(count: int) -> int:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred moving average; towards either end the window shrinks and stays centred, so the curve has no lag."""
+    """Centred moving average, so without lag: towards either end the window shrinks and stays centred."""
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)

@@ -1,5 +1,4 @@
-"""report.html: one self-contained page that answers whether a run worked, can be trusted, and can be
-repeated.
+"""report.html: one self-contained page: did the run work, can it be trusted, can it be repeated?
 
 A pure function of what the run folder holds: same input, same bytes. Nothing is loaded from anywhere, all
 text that comes from data or a model is escaped, and a content security policy says so again. Knows nothing
@@ -72,7 +71,8 @@ def render_report(report: ReportInput) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(report.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
-        + f'\n</main>\n<script type="application/json" id="metrics">{_embedded(training, evaluation)}</script>\n'
+        + "\n</main>\n"
+        + f'<script type="application/json" id="metrics">{_embedded(training, evaluation)}</script>\n'
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
@@ -105,8 +105,9 @@ def _head(report: ReportInput, training: Lines, evaluation: Lines) -> str:
         for name, number, beside in figures
     )
     warnings = "".join(f'<p class="warning"><b>!</b> {escape(text)}</p>' for text in report.warnings)
+    line = escape(" · ".join(filter(None, about)))
     return (
-        f'<header><h1>{escape(report.name)}</h1><p class="soft">{escape(" · ".join(filter(None, about)))}</p></header>'
+        f'<header><h1>{escape(report.name)}</h1><p class="soft">{line}</p></header>'
         + (f'<dl class="figures">{tiles}</dl>' if tiles else "")
         + warnings
     )
@@ -180,11 +181,21 @@ def _repeat(report: ReportInput) -> str:
 
 
 def _code(name: str, html: str) -> str:
-    return f'<div class="code"><pre id="{name}">{html}</pre><button data-copies="{name}" hidden>copy</button></div>'
+    button = f'<button data-copies="{name}" hidden>copy</button>'
+    return f'<div class="code"><pre id="{name}">{html}</pre>{button}</div>'
 
 
-_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised_tokens")
-_MORE_COLUMNS = ("tokens_per_second", "peak_memory_bytes")
+_COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "num_tokens",
+    "num_supervised_tokens",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
 
 
 def _embedded(training: Lines, evaluation: Lines) -> str:
@@ -194,7 +205,7 @@ def _embedded(training: Lines, evaluation: Lines) -> str:
     steps = [(float(line["step"]), line["eval_loss"] or 0.0) for line in evaluation]
     value = {
         "lines": len(training),
-        "training": {key: [_short(line.get(key)) for line in lines] for key in _COLUMNS + _MORE_COLUMNS},
+        "training": {key: [_short(line.get(key)) for line in lines] for key in _COLUMNS},
         "evaluation": [
             {"step": int(step), "eval_loss": _short(loss)} for step, loss in thin(steps, _LINES_EMBEDDED)
         ],

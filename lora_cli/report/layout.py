@@ -26,7 +26,7 @@ _BREAK = re.compile(r"(?<!\d) (?!%)| (?![a-zA-Z%])")
 
 
 def columns() -> int | None:
-    """How wide a line may be, or None where nothing limits it: COLUMNS first, then the terminal, stderr's first."""
+    """How wide a line may be, by COLUMNS or else the terminal; None where nothing limits it."""
     asked = os.environ.get("COLUMNS", "")
     if asked.isdecimal() and int(asked) > 0:
         return max(NARROWEST, int(asked))
@@ -102,7 +102,7 @@ def warning(text: str, width: int) -> list[str]:
 
 
 def command(words: Sequence[str], width: int, *, first: str = INDENT) -> list[str]:
-    """A command that runs as pasted: quoted for the shell, and continued with a backslash where it is too wide."""
+    """A command that runs as pasted: quoted for the shell, continued with a backslash where too wide."""
     hanging = " " * (len(first) + 2)
     lines: list[str] = []
     line = first

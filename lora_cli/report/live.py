@@ -98,8 +98,7 @@ def _drawn(line: Line, gap: int) -> Text:
 
 
 class Terminal:
-    """A surface with a live region below the lines that stay: a status while working, two lines while
-    training.
+    """A live region below the lines that stay: a status while working, two lines while training.
 
     Frames are drawn as events come, at most ten a second; no thread draws in between.
     """

@@ -1,5 +1,4 @@
-"""Numbers as people read them: one spelling for each kind of quantity, used by every screen and by
-report.html.
+"""Numbers as people read them: one spelling for each kind of quantity, on screens and in report.html.
 
 Sizes are binary and say so (GiB, MiB); a "GB" is only ever part of a card's name. Knows nothing about layout.
 """

@@ -73,7 +73,8 @@ def _trainable(parameters: ParameterReport) -> str:
 def _rows(data: DataAccount) -> str:
     text = numbers.counted(data.used, "row")
     if data.dropped:
-        text = f"{numbers.counts(data.used)} of {numbers.counted(data.rows, 'row')}, {numbers.counts(data.dropped)} dropped"
+        text = f"{numbers.counts(data.used)} of {numbers.counted(data.rows, 'row')}, "
+        text += f"{numbers.counts(data.dropped)} dropped"
     return f"{text}, {numbers.counts(data.truncated)} truncated" if data.truncated else text
 
 
@@ -106,8 +107,8 @@ def _engine(plan: Plan) -> str:
     checkpointing = "gradient checkpointing" if engine.gradient_checkpointing else "no gradient checkpointing"
     dropout = f", dropout {engine.dropout:g}" if engine.dropout else ""
     return (
-        f"{engine.device}{processes}; micro-batches of {numbers.counted(engine.micro_batch_tokens, 'token')}, "
-        f"{_PACKING[engine.packing]}; {engine.loss} loss, {checkpointing}{dropout}"
+        f"{engine.device}{processes}; "
+        f"micro-batches of {numbers.counted(engine.micro_batch_tokens, 'token')}, {_PACKING[engine.packing]}; {engine.loss} loss, {checkpointing}{dropout}"
     )
 
 

@@ -95,9 +95,8 @@ def draw(chart: Chart) -> str:
     if chart.level is not None:
         y = down(chart.level.value)
         parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
-        parts.append(
-            f'<text class="note" x="{RIGHT}" y="{y - 4:.1f}" text-anchor="end">{escape(chart.level.text)}</text>'
-        )
+        text = escape(chart.level.text)
+        parts.append(f'<text x="{RIGHT}" y="{y - 4:.1f}" text-anchor="end">{text}</text>')
     parts += [_curve(curve, across, down) for curve in chart.curves]
     for x, y in thin(finite(chart.dots), _POINTS_PER_CURVE):
         parts.append(f'<circle class="dot" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3"/>')

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from lora_cli.engine.step import Learner
 from lora_cli.errors import RunFolderError
-from lora_cli.runs import RunFolder
+from lora_cli.runs.atomic import sync
+from lora_cli.runs.folder import RunFolder
 
 _PARAMETERS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -81,9 +81,9 @@ def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fin
     manifest = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+        sync(path)
     temporary.rename(target)
-    _flush(target.parent)
+    sync(target.parent)
     return target
 
 
@@ -116,9 +116,9 @@ def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 
 def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The newest complete checkpoint whose files are what its manifest says; None where there is none."""
-    for path in reversed(folder.checkpoints()):
-        if is_complete(path):
-            return path
+    for step in reversed(folder.checkpoint_steps()):
+        if is_complete(folder.checkpoint(step)):
+            return folder.checkpoint(step)
     return None
 
 
@@ -135,11 +135,10 @@ def prune_checkpoints(folder: RunFolder, limit: int | None, best_step: int | Non
     """Keep the newest `limit` checkpoints, and the best one besides."""
     if limit is None:
         return
-    kept = {path.name for path in folder.checkpoints()[-limit:]}
-    if best_step is not None:
-        kept.add(folder.checkpoint(best_step).name)
-    for path in folder.checkpoints():
-        if path.name not in kept:
+    steps = folder.checkpoint_steps()
+    for step in steps[:-limit]:
+        if step != best_step:
+            path = folder.checkpoint(step)
             doomed = path.with_name(f".{path.name}.old")
             path.rename(doomed)  # a half-removed folder must not look like a checkpoint
             shutil.rmtree(doomed)
@@ -181,11 +180,3 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 def _facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lora_cli.config import Config
 from lora_cli.data.examples import Examples
@@ -25,7 +27,7 @@ from lora_cli.engine.world import World
 from lora_cli.errors import Interrupted, TrainingError
 from lora_cli.plan import Plan
 from lora_cli.report.events import Emit, Evaluated, Logged, Measured, Resumed, Saved, Stepped, Stopped, Warned, Working
-from lora_cli.runs import RunFolder
+from lora_cli.runs.folder import RunFolder
 from lora_cli.train.checkpoint import Position, prune_checkpoints, save_checkpoint
 from lora_cli.train.memory import peak_memory_bytes
 from lora_cli.train.trackers import Trackers
@@ -159,7 +161,7 @@ class Loop:
         self._saved_at = time.monotonic()
         self.world.wait()
 
-    def _batches(self, indices: "torch.types._size | list[int]") -> Iterator[FlatBatch]:
+    def _batches(self, indices: NDArray[np.int64]) -> Iterator[FlatBatch]:
         """This process's micro-batches of a step, perhaps none."""
         lengths = [int(self.train.lengths[i]) for i in indices]
         mine = share(lengths, self.world.size)[self.world.rank]
@@ -275,12 +277,11 @@ class Loop:
                 signal.signal(number, handler)
 
     def _stop_if_asked(self) -> None:
-        number = int(max(self.world.sum([float(self._signal or 0)]))) if self.world.distributed else self._signal
-        if not number:
+        if not self.world.any(self._signal is not None):
             return
         self.log()
         self.save()
-        number = self._signal or signal.SIGTERM
+        number = self._signal or signal.SIGTERM  # another process's signal, where this one had none
         raise Interrupted(
             number,
             f"stopped by {signal.Signals(number).name} after step {self.position.step:,}; checkpoint written",

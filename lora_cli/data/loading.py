@@ -1,0 +1,321 @@
+"""A config's data as tokenized train and validation examples.
+
+Knows how sources, tokenization, cache, mixing and the account fit together, and how none of them works.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.config import DataConfig, Source
+from lora_cli.data.account import SourceTally, Tally, account_of, refuse_nothing
+from lora_cli.data.cache import Cache, cache_folder, code_version, key_of, tokenizer_fingerprint
+from lora_cli.data.examples import Examples, PickedPlaces, RowPlaces
+from lora_cli.data.files import File, Row, Rows
+from lora_cli.data.formats import RowReader, find_format
+from lora_cli.data.mixing import drawn, fingerprint, held_out
+from lora_cli.data.sources import open_source
+from lora_cli.data.store import Arrays, ArrayStore
+from lora_cli.data.tokenizing import Limits, Progress, RowTokenizer, tokenize_rows
+from lora_cli.errors import DataError
+from lora_cli.plan import DataAccount
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source and its rows."""
+
+    source: Source
+    rows: Rows
+
+    def reader(self, data: DataConfig) -> RowReader:
+        """How its rows are to be read, as the config says or the first row shows.
+
+        Raises:
+            DataError: it has no rows, or the first fits no format.
+        """
+        columns = self.source.columns if self.source.columns is not None else data.columns
+        wanted = self.source.format if self.source.format is not None else data.format
+        if wanted == "auto":
+            first = next(iter(self.rows), None)
+            if first is None:
+                raise DataError(f"{self.rows.name}: there are no rows")
+            wanted = find_format(self.place(first[0]), first[1], columns or {})
+        return RowReader(wanted, columns or {}, answers_needed=data.train_on == "assistant")
+
+    def place(self, number: int) -> str:
+        before, after = self.rows.around_number
+        return f"{before}{number}{after}"
+
+    def placed_rows(self, wanted: NDArray[np.bool_] | None) -> Iterator[tuple[int, str, Row]]:
+        """The wanted rows, or all, each with number and place."""
+        for index, (number, row) in enumerate(self.rows):
+            if wanted is None or wanted[index]:
+                yield number, self.place(number), row
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source, tokenized."""
+
+    source: OpenSource
+    arrays: Arrays
+    tally: Tally
+    fingerprint: str
+
+    @property
+    def places(self) -> RowPlaces:
+        before, after = self.source.rows.around_number
+        return RowPlaces(before, self.arrays["rows"], after)  # type: ignore[arg-type]
+
+
+def load_examples(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[Examples, Examples | None]:
+    """The train examples, and the validation examples if there are any.
+
+    Sets the tokenizer's chat template where the config gives one.
+
+    Raises:
+        DataError: a source, a row or the template can't be used, or no row is left.
+    """
+    set_chat_template(data, tokenizer)
+    loader = _Loader(data, tokenizer, stop_token_ids, progress)
+    train_sources = open_sources(data.train)
+    validation: list[Part] | None = None
+    if isinstance(data.validation, float):
+        held = _hold_out(train_sources, data.validation, seed)
+        train = loader.parts(train_sources, [~flags for flags in held])
+        validation = loader.parts(train_sources, held)
+    else:
+        train = loader.parts(train_sources)
+        if data.validation is not None:
+            validation = loader.parts(open_sources(data.validation))
+    refuse_nothing("data.train", _tallies(train))
+    weights = [one.source.weight for one in train_sources]
+    train_examples = _together(train, data, weights, seed, _duplicates(train, None))
+    if validation is None:
+        return train_examples, None
+    refuse_nothing("data.validation", _tallies(validation))
+    return train_examples, _together(validation, data, [None], seed, _duplicates(validation, train))
+
+
+def set_chat_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the chat template that the config names.
+
+    Raises:
+        DataError: the file can't be read.
+    """
+    if data.chat_template is None:
+        return
+    path = Path(data.chat_template).expanduser()
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"data.chat_template: {path.absolute()} can't be read: {error}",
+            remedy="It must be a text file with a Jinja template.",
+        ) from error
+
+
+def open_sources(sources: Sequence[Source]) -> list[OpenSource]:
+    """Open all, and make sure that no two are called the same in messages."""
+    opened = [OpenSource(source, open_source(source)) for source in sources]
+    counts = Counter(one.rows.name for one in opened)
+    return [
+        replace(one, rows=replace(one.rows, label=str(one.rows.path)))
+        if counts[one.rows.name] > 1 and isinstance(one.rows, File)
+        else one
+        for one in opened
+    ]
+
+
+class _Loader:
+    """Tokenizes sources, or finds them in the cache."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: frozenset[int],
+        progress: Progress | None,
+    ) -> None:
+        self._data = data
+        self._tokenizer = tokenizer
+        self._stops = stop_token_ids
+        self._progress = progress
+        self._cache = Cache(cache_folder()) if data.cache else None
+        self._tokenizer_key = tokenizer_fingerprint(tokenizer) if data.cache else ""
+
+    def parts(
+        self, sources: Sequence[OpenSource], wanted: Sequence[NDArray[np.bool_]] | None = None
+    ) -> list[Part]:
+        flags: Sequence[NDArray[np.bool_] | None] = [None] * len(sources) if wanted is None else wanted
+        return [self._part(source, one) for source, one in zip(sources, flags, strict=True)]
+
+    def _part(self, source: OpenSource, wanted: NDArray[np.bool_] | None) -> Part:
+        if self._cache is None:
+            store = ArrayStore(None)
+            tally = self._tokenize(source, wanted, store)
+            return Part(source, store.close(), tally, store.fingerprint())
+        key = self._key(source, wanted)
+        entry = self._cache.find(key)
+        if entry is None:
+            folder = self._cache.begin()
+            store = ArrayStore(folder)
+            try:
+                tally = self._tokenize(source, wanted, store)
+                store.close()
+                content = {"tally": asdict(tally), "fingerprint": store.fingerprint()}
+                entry = self._cache.complete(folder, key, content)
+            finally:
+                store.discard()
+                shutil.rmtree(folder, ignore_errors=True)
+        return Part(source, entry.arrays, Tally(**entry.meta["tally"]), entry.meta["fingerprint"])
+
+    def _tokenize(self, source: OpenSource, wanted: NDArray[np.bool_] | None, store: ArrayStore) -> Tally:
+        data = self._data
+        tokenizer = RowTokenizer(
+            self._tokenizer,
+            self._stops,
+            limits=Limits(data.max_length, data.overlong),
+            everything=data.train_on == "all",
+        )
+        reader = source.reader(data)
+        what, total = f"tokenizing {source.rows.name}", None
+        if self._progress is not None:
+            total = source.rows.count() if wanted is None else int(wanted.sum())
+            self._progress(what, 0, total)
+
+        def report(done: int) -> None:
+            if self._progress is not None:
+                self._progress(what, done, total)
+
+        rows = source.placed_rows(wanted)
+        return tokenize_rows(rows, reader, tokenizer, store, stop_token_ids=self._stops, progress=report)
+
+    def _key(self, source: OpenSource, wanted: NDArray[np.bool_] | None) -> str:
+        data = self._data
+        return key_of(
+            {
+                "rows": source.rows.fingerprint(),
+                "kind": type(source.rows).__name__,
+                "wanted": None if wanted is None else np.packbits(wanted).tobytes().hex(),
+                "tokenizer": self._tokenizer_key,
+                "stops": sorted(self._stops),
+                "format": source.source.format or data.format,
+                "columns": source.source.columns if source.source.columns is not None else data.columns,
+                "max_length": data.max_length,
+                "overlong": data.overlong,
+                "train_on": data.train_on,
+                "code": code_version(),
+            }
+        )
+
+
+def _hold_out(sources: Sequence[OpenSource], fraction: float, seed: int) -> list[NDArray[np.bool_]]:
+    counts = [one.rows.count() for one in sources]
+    if sum(counts) < 2:
+        raise DataError(
+            f"data.validation: {sum(counts)} row can't be divided into train and validation",
+            remedy="Set data.validation to null, or give more rows.",
+        )
+    flags = held_out(sum(counts), fraction, seed)
+    return np.split(flags, np.cumsum(counts)[:-1])
+
+
+def _tallies(parts: Sequence[Part]) -> list[SourceTally]:
+    return [SourceTally(part.tally, part.source.rows.around_number) for part in parts]
+
+
+def _together(
+    parts: Sequence[Part],
+    data: DataConfig,
+    weights: Sequence[float | None],
+    seed: int,
+    warnings: Sequence[str],
+) -> Examples:
+    """All parts as one, drawn by weight where the sources have weights."""
+    counts = [part.tally.examples for part in parts]
+    lengths = np.concatenate([part.arrays["lengths"] for part in parts])
+    hints = list(warnings)
+    picked: NDArray[np.int64] | None = None
+    if any(weight is not None for weight in weights):
+        if any(weight is None for weight in weights):
+            raise DataError(
+                "data.train: some sources have a weight and some have none",
+                remedy="Give every source a weight, or none.",
+            )
+        picked = drawn(counts, [weight for weight in weights if weight is not None], seed)
+        hints += _shares(parts, counts, picked)
+    ids = [part.arrays["input_ids"] for part in parts]
+    trained = [part.arrays["trained"] for part in parts]
+    chosen = np.arange(sum(counts)) if picked is None else picked
+    starts = np.cumsum([0, *counts])
+    cut = np.concatenate([start + part.arrays["truncated"] for start, part in zip(starts, parts, strict=False)])
+    examples = Examples(
+        input_ids=_gathered(ids, lengths, picked),  # type: ignore[arg-type]
+        trained=_gathered(trained, lengths, picked),  # type: ignore[arg-type]
+        offsets=np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64),
+        places=parts[0].places if len(parts) == 1 and picked is None else PickedPlaces([p.places for p in parts], chosen),
+        account=DataAccount(0, 0, 0, 0, 0, 0, 0, 0),
+        fingerprint=fingerprint([part.fingerprint for part in parts], picked),
+        truncated=np.flatnonzero(np.isin(chosen, cut)),
+    )
+    account = account_of(_tallies(parts), examples, max_length=data.max_length, warnings=hints)
+    return replace(examples, account=account)
+
+
+def _gathered(
+    parts: Sequence[NDArray[np.generic]], lengths: NDArray[np.generic], picked: NDArray[np.int64] | None
+) -> NDArray[np.generic]:
+    """Per-token arrays of several parts as one. A single part stays the mapped file that it may be."""
+    if picked is None:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    whole = np.concatenate(parts)
+    ends = np.cumsum(lengths)
+    return np.concatenate([whole[ends[index] - lengths[index] : ends[index]] for index in picked])
+
+
+def _shares(parts: Sequence[Part], counts: Sequence[int], picked: NDArray[np.int64]) -> list[str]:
+    """What the weights do to each source, where that is not obvious."""
+    edges = np.cumsum([0, *counts])
+    found = []
+    for part, count, start, stop in zip(parts, counts, edges[:-1], edges[1:], strict=True):
+        times = int(((picked >= start) & (picked < stop)).sum())
+        name = part.source.rows.name
+        if times < count:
+            found.append(f"{name}: its weight leaves {count - times:,} of {count:,} examples out")
+        elif times > count:
+            found.append(f"{name}: its weight repeats its examples {times / count:.2f} times an epoch")
+    return found
+
+
+def _duplicates(parts: Sequence[Part], train: Sequence[Part] | None) -> list[str]:
+    """Examples that stand twice, or in validation and in train."""
+    hashes = np.concatenate([part.arrays["hashes"] for part in parts])
+    places = PickedPlaces([part.places for part in parts], np.arange(len(hashes)))
+    if train is None:
+        _, first = np.unique(hashes, return_index=True)
+        again = np.setdiff1d(np.arange(len(hashes)), first)
+        return [f"{len(again):,} examples are exact duplicates; the first is {places[int(again[0])]}"] if len(again) else []
+    seen = np.flatnonzero(np.isin(hashes, np.concatenate([part.arrays["hashes"] for part in train])))
+    if len(seen) == 0:
+        return []
+    return [f"{len(seen):,} validation examples are also in train; the first is {places[int(seen[0])]}"]

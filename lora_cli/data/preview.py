@@ -1,0 +1,135 @@
+"""The first examples, token by token.
+
+Goes the way that training goes, for a few rows and without the cache. Knows nothing about how they are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_cli.config import DataConfig
+from lora_cli.data.account import SourceTally, Tally, refuse_nothing
+from lora_cli.data.loading import open_sources, set_chat_template
+from lora_cli.data.tokenizing import Limits, Prepared, RowTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS_AT_ONCE = 16
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class ExamplePreview:
+    """An example as it is trained on."""
+
+    place: str
+    input_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    """What each token adds to the text; empty for one that only begins a character."""
+    trained: tuple[int, ...]
+    """1 where the token's own prediction counts."""
+    text: str
+    truncated: bool
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def preview_examples(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int], *, count: int
+) -> tuple[ExamplePreview, ...]:
+    """The first `count` examples of the train sources.
+
+    Raises:
+        DataError: a row up to there can't be used, or none is left.
+    """
+    set_chat_template(data, tokenizer)
+    return tuple(islice(_previews(data, tokenizer, stop_token_ids), count))
+
+
+def _previews(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> Iterator[ExamplePreview]:
+    limits = Limits(data.max_length, data.overlong)
+    rows_to_examples = RowTokenizer(tokenizer, stop_token_ids, limits=limits, everything=data.train_on == "all")
+    tallies = []
+    for source in open_sources(data.train):
+        reader = source.reader(data)
+        rows = source.placed_rows(None)
+        tally = Tally()
+        tallies.append(SourceTally(tally, source.rows.around_number))
+        while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+            for row in rows_to_examples.prepare(chunk, reader):
+                tally.rows += 1
+                tally.used += row.dropped is None
+                if row.dropped is not None:
+                    tally.dropped.setdefault(row.dropped, []).append(row.number)
+                for one in row.examples:
+                    if one.dropped is None:
+                        yield _preview(source.place(row.number), one, tokenizer, stop_token_ids, rows_to_examples.notes)
+    refuse_nothing("data.train", tallies)
+
+
+def _preview(
+    place: str,
+    prepared: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+    template_notes: dict[str, str],
+) -> ExamplePreview:
+    ids = prepared.example.input_ids.tolist()
+    return ExamplePreview(
+        place=place,
+        input_ids=tuple(ids),
+        tokens=token_texts(tokenizer, ids),
+        trained=tuple(int(flag) for flag in prepared.example.trained),
+        text=_decoded(tokenizer, ids),
+        truncated=prepared.truncated,
+        notes=(*_notes(prepared, tokenizer, stop_token_ids), *template_notes.values()),
+    )
+
+
+def _notes(
+    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
+) -> Iterator[str]:
+    ids, trained = prepared.example.input_ids, prepared.example.trained
+    bos = tokenizer.bos_token_id
+    if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        yield "doubled BOS"
+    if prepared.truncated:
+        yield f"truncated: {prepared.length_seen - len(ids):,} of {prepared.length_seen:,} tokens are cut off"
+        return
+    last = int(ids[np.flatnonzero(trained)[-1]])
+    if last in stop_token_ids:
+        yield f"ends in a trained {_decoded(tokenizer, [last])}"
+    else:
+        yield "does not end in a trained stop token"
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """What each token adds to the decoded text.
+
+    Decoded with the token before it, as some tokenizers drop the space that begins a lone token. A character that
+    is spread over several tokens is shown at the last of them.
+    """
+    texts: list[str] = []
+    start, context = 0, ""
+    for position in range(len(ids)):
+        decoded = _decoded(tokenizer, ids[start : position + 1])
+        if decoded.endswith(_UNFINISHED) and position + 1 < len(ids) and position - start < 8:
+            texts.append("")
+            continue
+        texts.append(decoded[len(context) :])
+        start, context = position, _decoded(tokenizer, ids[position : position + 1])
+    return tuple(texts)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,54 @@
+"""What may change between the start of a run and its resumption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_cli.config import Config
+from lora_cli.errors import RunFolderError
+from lora_cli.runs.folder import RunFolder
+
+HARMLESS = frozenset(
+    {"output_dir", "data.cache", "train.logging_steps", "train.save_steps", "train.save_minutes"}
+    | {"train.save_total_limit", "train.report_to", "train.micro_batch_tokens", "train.num_train_epochs"}
+    | {"train.max_steps", "train.eval_steps", "train.early_stopping_patience"}
+)
+"""Settings that can't change the steps already taken. Epochs and max_steps extend a run."""
+
+
+def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config:
+    """`before` with the harmless settings of `now`.
+
+    What is `auto` now was resolved once, at the start, and isn't resolved again.
+
+    Raises:
+        RunFolderError: a difference that matters; each is named with both values.
+    """
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    serious = [
+        f"{key}: {_shown(old.get(key))} there, {_shown(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if key not in HARMLESS and old.get(key) != new.get(key) and new.get(key) != "auto"
+    ]
+    if serious:
+        raise RunFolderError(
+            f"{folder.path} was started with another config, in {len(serious)} settings that matter",
+            remedy="\n".join([*serious, "Put them back, or start anew with --output-dir."]),
+        )
+    kept = {key.removeprefix("train."): getattr(now.train, key.removeprefix("train.")) for key in HARMLESS if "train." in key}
+    if kept["micro_batch_tokens"] == "auto":
+        del kept["micro_batch_tokens"]
+    return before.model_copy(update={"train": before.train.model_copy(update=kept), "output_dir": now.output_dir})
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        found: dict[str, Any] = {}
+        for key, inner in value.items():
+            found.update(_flat(inner, f"{prefix}.{key}" if prefix else key))
+        return found
+    return {prefix: value}
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)

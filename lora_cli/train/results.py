@@ -1,0 +1,186 @@
+"""What a run leaves: the adapter with tokenizer and card, summary.json, report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_cli.config import Config, Source
+from lora_cli.data.examples import Examples
+from lora_cli.engine.assembly import causal_lm
+from lora_cli.engine.generation import Sampling, generate_batch
+from lora_cli.engine.planning import Prepared
+from lora_cli.plan import ModuleKind, ParameterReport
+from lora_cli.report.events import Emit, Summary, Working
+from lora_cli.report.html import ReportInput, render_report
+from lora_cli.report.sections import Sample
+from lora_cli.report.svg import Mark
+from lora_cli.runs.atomic import write_json, write_text
+from lora_cli.runs.card import model_card
+from lora_cli.runs.folder import RunFolder
+from lora_cli.train.loop import Loop
+from lora_cli.train.memory import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+SAMPLES = 5
+SAMPLE_TOKENS = 64
+LOSS_SPAN = 50
+
+
+def write_results(
+    folder: RunFolder, model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop, emit: Emit
+) -> Summary:
+    """Write the result of a finished run; every process calls it, the main one writes."""
+    if not loop.world.is_main:
+        loop.world.wait()
+        return _summary(folder, prepared, loop)
+    emit(Working("writing the adapter"))
+    _save_adapter(folder, model, prepared)
+    summary = _summary(folder, prepared, loop)
+    card = model_card(folder.path.name, prepared.plan, summary.as_json(), _sources(prepared.config))
+    write_text(folder.adapter_dir / "README.md", card)
+    emit(Working("writing samples"))
+    samples = _samples(model, prepared, loop)
+    write_json(folder.summary_file, summary.as_json())
+    write_text(folder.report_file, _report(folder, prepared, summary, samples))
+    loop.world.wait()
+    return summary
+
+
+def read_summary(folder: RunFolder) -> Summary | None:
+    """The summary of a finished run; None while there is none."""
+    if not folder.summary_file.is_file():
+        return None
+    values = json.loads(folder.summary_file.read_text(encoding="utf-8"))
+    counts = values.pop("parameters")
+    kinds = tuple(ModuleKind(**kind) for kind in counts["by_module"].values())
+    return Summary(**values, parameters=ParameterReport(counts["trainable"], counts["total"], kinds))
+
+
+def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepared: Prepared) -> None:
+    """The adapter (or the whole model in full fine-tuning) in PEFT's or transformers' own format, atomically."""
+    temporary = folder.adapter_dir.with_name(".adapter.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    prepared.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder.adapter_dir, ignore_errors=True)
+    os.replace(temporary, folder.adapter_dir)
+
+
+def _summary(folder: RunFolder, prepared: Prepared, loop: Loop) -> Summary:
+    position = loop.position
+    losses = position.step_losses
+    span = min(LOSS_SPAN, max(1, len(losses) // 2))
+    evaluations = position.eval_losses
+    return Summary(
+        steps=position.step,
+        num_tokens=position.num_tokens,
+        num_supervised_tokens=position.num_supervised_tokens,
+        train_seconds=position.train_seconds,
+        tokens_per_second=position.num_tokens / max(position.train_seconds, 1e-9),
+        first_loss=_mean(losses[:span]),
+        final_loss=_mean(losses[-span:]),
+        loss_span=span,
+        first_eval_loss=evaluations[0][1] if evaluations else None,
+        final_eval_loss=evaluations[-1][1] if evaluations else None,
+        best_eval_loss=position.best_eval_loss,
+        best_step=position.best_step,
+        peak_memory_bytes=peak_memory_bytes(loop.world.device),
+        output_dir=str(folder.path),
+        adapter_dir=str(folder.adapter_dir),
+        adapter_bytes=sum(path.stat().st_size for path in folder.adapter_dir.glob("*.safetensors")),
+        stopped=loop.stopped,
+        parameters=prepared.plan.parameters,
+    )
+
+
+def _mean(losses: list[list[float]]) -> float:
+    """The token-weighted mean of [loss sum, supervised tokens] pairs."""
+    total = sum(count for _, count in losses)
+    return sum(loss for loss, _ in losses) / total if total else float("nan")
+
+
+def _samples(model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop) -> list[Sample]:
+    """What base and adapter make of the first validation prompts; nothing in full fine-tuning, whose base is gone."""
+    from peft import PeftModel
+
+    if prepared.validation is None or not isinstance(model, PeftModel):
+        return []
+    rows = [prompt_and_reference(prepared.validation, i) for i in range(min(SAMPLES, len(prepared.validation)))]
+    prompts = [prompt for prompt, _ in rows]
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS)
+    common = (loop.learner.computation, prepared.tokenizer, prompts, prepared.stop_token_ids, sampling)
+    trained = generate_batch(causal_lm(model), *common)
+    with model.disable_adapter():
+        base = generate_batch(causal_lm(model), *common)
+    decode = prepared.tokenizer.decode
+    return [
+        Sample(
+            prompt=str(decode(prompt)),
+            reference=str(decode(reference, skip_special_tokens=True)),
+            base=before.text,
+            adapter=after.text,
+        )
+        for (prompt, reference), before, after in zip(rows, base, trained, strict=True)
+    ]
+
+
+def prompt_and_reference(examples: Examples, index: int) -> tuple[list[int], list[int]]:
+    """Token ids before the first trained token, and the first run of trained ones."""
+    example = examples.example(index)
+    start = int(np.argmax(example.trained))
+    rest = example.trained[start:]
+    length = len(rest) if rest.all() else int(np.argmin(rest))
+    return example.input_ids[:start].tolist(), example.input_ids[start : start + length].tolist()
+
+
+def _report(folder: RunFolder, prepared: Prepared, summary: Summary, samples: list[Sample]) -> str:
+    config = prepared.config
+    return render_report(
+        ReportInput(
+            name=folder.path.name,
+            config_text=folder.config_file.read_text(encoding="utf-8"),
+            environment=json.loads(folder.environment_file.read_text(encoding="utf-8")),
+            metrics=folder.read_metrics(),
+            summary=summary.as_json(),
+            samples=samples,
+            command="lora train config.yaml --output-dir NEW",
+            warnings=(*prepared.plan.warnings, *prepared.plan.engine.notes),
+            marks=[Mark(step, "checkpoint", f"checkpoint at step {step:,}") for step in folder.checkpoint_steps()],
+            data=asdict(prepared.train.account),
+            non_defaults=_non_defaults(config),
+            max_grad_norm=config.train.max_grad_norm,
+        )
+    )
+
+
+def _non_defaults(config: Config) -> frozenset[str]:
+    """Dotted keys of the settings that the user gave or that a device decided."""
+    found: set[str] = set()
+
+    def walk(value: Any, prefix: str) -> None:
+        for name in type(value).model_fields:
+            inner, key = getattr(value, name), f"{prefix}{name}"
+            if hasattr(type(inner), "model_fields"):
+                walk(inner, f"{key}.")
+            elif name in value.model_fields_set and inner != type(value).model_fields[name].default:
+                found.add(key)
+
+    walk(config, "")
+    return frozenset(found)
+
+
+def _sources(config: Config) -> list[str]:
+    sources: tuple[Source, ...] = config.data.train
+    return [source.path for source in sources]
+
+

@@ -1,0 +1,173 @@
+"""A run from config to result: prepare, write the run folder, load, train, and leave an adapter that says how it came.
+
+    config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Loop -> results
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_cli.config import Config, dump_config, load_config
+from lora_cli.engine.assembly import causal_lm, load_model, make_computation, make_trainable, trainable_parameters
+from lora_cli.engine.optimizers import make_optimizer, make_scheduler
+from lora_cli.engine.planning import Prepared, check_against_plan, prepare
+from lora_cli.engine.step import Learner
+from lora_cli.engine.world import World, join_world
+from lora_cli.errors import RunFolderError
+from lora_cli.report.events import Emit, Finished, Planned, Summary, Working, ignore
+from lora_cli.runs.atomic import write_json, write_text
+from lora_cli.runs.environment import describe_environment
+from lora_cli.runs.folder import RunFolder
+from lora_cli.train.checkpoint import Position, load_checkpoint, load_parameters, newest_checkpoint
+from lora_cli.train.differences import refuse_differences
+from lora_cli.train.loop import Loop
+from lora_cli.train.results import read_summary, write_results
+from lora_cli.train.trackers import Trackers, flat_settings, start_trackers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summary:
+    """Train as `config` says and leave the result in `config.output_dir`.
+
+    Under torchrun, call it in every process; the first one emits and writes.
+
+    Args:
+        resume: go on with the run in `output_dir`, from its newest complete checkpoint.
+
+    Raises:
+        UserError: anything that the user can mend; before training starts, nothing has been written.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    folder.refuse_occupied(resume=resume)
+    world = join_world()
+    emit = emit if world.is_main else ignore
+    if resume:
+        config = _as_before(folder, config)
+        finished = read_summary(folder)
+        if finished is not None and finished.steps >= _planned_steps(folder, config):
+            emit(Finished(finished))
+            return finished
+    prepared = prepare(config, world.device, processes=world.size, emit=emit)
+    emit(Planned(prepared.plan))
+    if not world.is_main:
+        return _run(folder, prepared, world, resume, emit)
+    with folder.claim(resume=resume):
+        if not resume:
+            _write_origin(folder, prepared)
+        return _run(folder, prepared, world, resume, emit)
+
+
+def _run(folder: RunFolder, prepared: Prepared, world: World, resume: bool, emit: Emit) -> Summary:
+    config = prepared.config
+    emit(Working("loading weights"))
+    computation = make_computation(config, prepared.proof, world.device)
+    base = load_model(config, prepared.architecture, computation, world.device)
+    model = make_trainable(base, config, computation, prepared.tokenizer)
+    if not config.model.resize_embeddings:
+        check_against_plan(model, prepared.plan)
+    learner = _learner(model, prepared, world)
+    position = _start(folder, learner, prepared, resume)
+    trackers = start_trackers(config, str(folder.path), flat_settings(config)) if world.is_main else Trackers()
+    loop = Loop(
+        config, prepared.plan, learner, prepared.train, prepared.validation, world, folder, position, emit, trackers
+    )
+    try:
+        loop.run()
+    finally:
+        trackers.finish()
+    if config.train.load_best_model_at_end and position.best_step:
+        load_parameters(folder.checkpoint(position.best_step), learner.parameters)
+    summary = write_results(folder, model, prepared, loop, emit)
+    emit(Finished(summary))
+    return summary
+
+
+def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, world: World) -> Learner:
+    train = prepared.config.train
+    computation = make_computation(prepared.config, prepared.proof, world.device)
+    parameters = trainable_parameters(model)
+    world.copy_from_main([p.data for p in parameters.values()])
+    optimizer = make_optimizer(train, parameters, world.device)
+    return Learner(
+        model=causal_lm(model),
+        parameters=parameters,
+        optimizer=optimizer,
+        scheduler=make_scheduler(train, optimizer, prepared.plan.steps.total),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=computation.dtype == torch.float16),
+        computation=computation,
+        max_grad_norm=train.max_grad_norm,
+    )
+
+
+def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool) -> Position:
+    """Where the run begins: at its newest complete checkpoint when it is resumed, else before the first step.
+
+    Raises:
+        RunFolderError: the data is not what the checkpoint was made on.
+    """
+    fresh = Position(
+        micro_batch_tokens=prepared.plan.engine.micro_batch_tokens, threads=torch.get_num_threads()
+    )
+    if not resume:
+        return fresh
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        folder.cut_metrics(0)
+        return fresh
+    position, fingerprint = load_checkpoint(newest, learner)
+    if fingerprint != prepared.train.fingerprint:
+        raise RunFolderError(
+            f"the training rows are not those that {folder.path} was trained on",
+            remedy="Bring the data back as it was, or start anew with --output-dir.",
+        )
+    folder.cut_metrics(position.metrics_bytes)
+    return position
+
+
+def _as_before(folder: RunFolder, config: Config) -> Config:
+    """The config of the run in `folder`; the one given may differ from it only in what can't change the result.
+
+    Raises:
+        RunFolderError: there is no run, or a difference that matters; each is named.
+    """
+    if not folder.config_file.is_file():
+        if folder.holds_run:
+            raise RunFolderError(f"{folder.path} has no config.yaml; it can't be resumed")
+        return config
+    return refuse_differences(load_config(folder.config_file), config, folder)
+
+
+def _planned_steps(folder: RunFolder, config: Config) -> int:
+    """Steps that the finished run was to take; more are planned when epochs or max_steps grew."""
+    before = load_config(folder.config_file).train
+    same = (before.max_steps, before.num_train_epochs) == (config.train.max_steps, config.train.num_train_epochs)
+    return 0 if same else 2**62
+
+
+def _write_origin(folder: RunFolder, prepared: Prepared) -> None:
+    """config.yaml and environment.json: how the run was made."""
+    write_text(folder.config_file, dump_config(prepared.config))
+    write_json(folder.environment_file, environment(prepared))
+
+
+def environment(prepared: Prepared) -> dict[str, Any]:
+    """What environment.json holds."""
+    return {
+        **describe_environment(),
+        "device": prepared.plan.engine.device,
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "engine": asdict(prepared.plan.engine),
+        "fingerprints": {
+            "train": prepared.train.fingerprint,
+            "validation": None if prepared.validation is None else prepared.validation.fingerprint,
+        },
+    }
