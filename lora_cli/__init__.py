@@ -4,8 +4,8 @@
     print(estimate_vram(config))
     summary = train(config)
 
-The functions behind the commands, with typed, frozen results. Importing this package imports nothing else; each
-function loads what it needs when it is first looked up.
+The functions behind the commands, with typed, frozen results. Importing this package imports nothing
+else; each function loads what it needs when it is first looked up.
 """
 
 from __future__ import annotations

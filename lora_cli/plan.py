@@ -85,6 +85,10 @@ class ModelFacts:
     adapter: str | None
     """Such as `r 16, alpha 32, 7 kinds of linear layer`; None for full fine-tuning."""
     remote_code: bool = False
+    unquantized_bytes: int = 0
+    """Bytes that quantization leaves in the compute dtype: embeddings, head, norms; 0 without quantization."""
+    unquantized_percent: float = 0.0
+    """The share of all parameters that it leaves."""
 
 
 @dataclass(frozen=True)

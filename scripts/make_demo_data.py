@@ -1,6 +1,6 @@
 """The demo's data: sentences with a date, and that date in ISO 8601.
 
-    python scripts/make_demo_data.py [FOLDER]      writes train.jsonl and heldout.jsonl, by default to scripts/demo
+    python scripts/make_demo_data.py [FOLDER]     writes train.jsonl and heldout.jsonl (to scripts/demo)
 
 Everything is invented here from a fixed seed, so the shipped files can be made again byte for byte. No date
 occurs twice, so none of the held-out ones was trained on. Every spelling has one reading only: dots put the
@@ -88,7 +88,7 @@ def turn(question: str, answer: str) -> Messages:
 
 
 def dated_sentences(random: Random) -> Iterator[Messages]:
-    """The task, without end: a sentence with a date that was not in any before, answered by that date in ISO."""
+    """The task, without end: a sentence with a date that none before had, answered by that date in ISO."""
     used: set[date] = set()
     while True:
         day = random_date(random)
@@ -100,14 +100,14 @@ def dated_sentences(random: Random) -> Iterator[Messages]:
 def small_talk(random: Random) -> Messages:
     """One conversation to pre-train on: whatever the user says, the assistant says again."""
     day = random_date(random)
-    separator = random.choice((" ", "-", "/", ", ", "."))
+    numbers = [str(random.randrange(10 ** random.randint(1, 4))) for _ in range(random.randint(1, 4))]
     said = random.choice(
         (
             spelled(random, day),
             random.choice(SENTENCES).format(spelled(random, day)),
             day.isoformat(),
             " ".join(random.choices(NOUNS, k=random.randint(1, 4))),
-            separator.join(str(random.randrange(10 ** random.randint(1, 4))) for _ in range(random.randint(1, 4))),
+            random.choice((" ", "-", "/", ", ", ".")).join(numbers),
         )
     )
     return turn(said, said)

@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 PRETRAIN_STEPS = 300
 ROWS_PER_STEP = 32
@@ -66,7 +67,6 @@ def build_tiny_gpt2(
             attn_pdrop=0.0,
             bos_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
     )
     pretrain(model, tokenizer, pretrain_steps, Random(seed))
@@ -106,10 +106,10 @@ def train_tokenizer(random: Random) -> PreTrainedTokenizerFast:
 
 
 def pretrain(model: nn.Module, tokenizer: PreTrainedTokenizerFast, steps: int, random: Random) -> None:
-    """Teach the model to answer `small_talk`. The layers' weight matrices take Muon's steps, the rest Adam's."""
+    """Teach the model to answer `small_talk`: Muon for the weight matrices of the layers, Adam for the rest."""
     matrices = [p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
     others = [p for name, p in model.named_parameters() if ".h." not in name or p.ndim != 2]
-    optimizers = (Muon(matrices, lr=2e-2), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0))
+    optimizers = (Muon(matrices, lr=2e-2), torch.optim.Adam(others, lr=3e-3, betas=(0.9, 0.98)))
     schedulers = [LambdaLR(optimizer, partial(warmup_and_decay, steps=steps)) for optimizer in optimizers]
     model.train()
     for _ in range(steps):
@@ -124,18 +124,19 @@ def pretrain(model: nn.Module, tokenizer: PreTrainedTokenizerFast, steps: int, r
 
 
 def warmup_and_decay(step: int, steps: int) -> float:
-    """The share of the peak learning rate: up over a twentieth of the steps, down to 0 over the last two fifths."""
+    """The share of the peak learning rate: up for the first 5 % of the steps, down for the last 40 %."""
     return min(1.0, (step + 1) / (0.05 * steps), (steps - step) / (0.4 * steps))
 
 
 def padded_batch(tokenizer: PreTrainedTokenizerFast, rows: list[Messages]) -> tuple[Tensor, Tensor]:
     """Token ids and labels, padded on the right; only the assistant's answers are labelled."""
+    asked = [row[:-1] for row in rows]
+    prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     wholes = tokenizer.apply_chat_template(rows, tokenize=False)
-    questions = tokenizer.apply_chat_template([row[:-1] for row in rows], tokenize=False, add_generation_prompt=True)
     ids = [torch.tensor(row) for row in tokenizer(wholes)["input_ids"]]
     labels = [row.clone() for row in ids]
-    for label, question in zip(labels, tokenizer(questions)["input_ids"], strict=True):
-        label[: len(question)] = IGNORED
+    for label, prompt in zip(labels, tokenizer(prompts)["input_ids"], strict=True):
+        label[: len(prompt)] = IGNORED
     return (
         pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
         pad_sequence(labels, batch_first=True, padding_value=IGNORED),
@@ -152,7 +153,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -174,4 +175,5 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     build_tiny_gpt2(Path(sys.argv[1]), pretrain_steps=PRETRAIN_STEPS)

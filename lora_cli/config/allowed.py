@@ -1,7 +1,7 @@
 """What a config allows at a key, in words, read from its JSON Schema.
 
-`a number above 0, such as 2.0e-4`; `nf4, fp4 or int8`; `a mapping with path, split, ...`. Knows JSON Schema as
-pydantic writes it and nothing of YAML or of errors.
+`a number above 0, such as 2.0e-4`; `nf4, fp4 or int8`; `a mapping with path, split, ...`. Knows JSON
+Schema as pydantic writes it and nothing of YAML or of errors.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ class Allowed:
 
     def description(self, path: tuple[str | int, ...]) -> str:
         """The first sentence of the key's documentation."""
-        for schema in self._raw(path[:-1]):
-            text = str(schema.get("properties", {}).get(path[-1], {}).get("description", ""))
-            return text.split(". ")[0].rstrip(".").replace("\n", " ")
-        return ""
+        own = [each["properties"].get(path[-1], {}) for each in self._raw(path[:-1])]
+        texts = [schema["description"] for schema in [*own, *self.at(path)] if "description" in schema]
+        return str(texts[0]).split(". ")[0].rstrip(".") if texts else ""
 
     def default(self, path: tuple[str | int, ...]) -> Any:
         """What the key is when it isn't given."""

@@ -1,7 +1,7 @@
 """Rules between fields: settings that are each allowed, and together are not.
 
-Each rule yields what contradicts what, at the key that should change. Rules see a config whose fields are valid
-one by one; they never look at the file system, the model or the data.
+Each rule yields what contradicts what, at the key that should change. Rules see a config whose fields are
+valid one by one; they never look at the file system, the model or the data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A YAML document as plain values, with the place of every one of them.
 
-Reads YAML 1.2 and nothing beyond its core types: mappings with text keys, lists, text, numbers, booleans, null.
-Collects what is wrong with the writing (duplicate keys, unknown tags, broken syntax). Knows nothing of what a
-config may contain.
+Reads YAML 1.2 and nothing beyond its core types: mappings with text keys, lists, text, numbers, booleans,
+null. Collects what is wrong with the writing (duplicate keys, unknown tags, broken syntax). Knows nothing
+of what a config may contain.
 """
 
 from __future__ import annotations

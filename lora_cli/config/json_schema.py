@@ -11,17 +11,15 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def config_schema() -> dict[str, Any]:
     """The schema, without the titles that pydantic makes out of field names."""
-    schema = {"$schema": DIALECT, "title": "lora config", **_untitled(Config.model_json_schema())}
-    return schema
+    return {"$schema": DIALECT, "title": "lora config", **_untitled(Config.model_json_schema())}
 
 
 def _untitled(schema: Any) -> Any:
     if isinstance(schema, list):
         return [_untitled(item) for item in schema]
     if isinstance(schema, dict):
-        return {
-            key: _untitled(value)
-            for key, value in schema.items()
-            if not (key == "title" and isinstance(value, str))
+        kept = {
+            key: value for key, value in schema.items() if not (key == "title" and isinstance(value, str))
         }
-    return schema
+        return {key: _untitled(value) for key, value in kept.items()}
+    return " ".join(schema.split()) if isinstance(schema, str) else schema

@@ -1,7 +1,8 @@
 """A config file and its overrides as a `Config`, or all of their mistakes at once.
 
-The one way from YAML to a `Config`: read, apply `--set`, validate every field, then the rules between fields, then
-look for secrets. Reads the config file and nothing else; whether models and data exist is found out later.
+The one way from YAML to a `Config`: read, apply `--set`, validate every field, then the rules between
+fields, then look for secrets. Reads the config file and nothing else; whether models and data exist is
+found out later.
 """
 
 from __future__ import annotations
@@ -87,14 +88,12 @@ def _require_mapping(document: Document, path: Path) -> None:
         raise ConfigError(str(path), tuple(document.problems))
     if isinstance(document.value, dict):
         return
-    mark = document.mark(())
+    place: Place | None = Place(path, 1, 1, "", 0)
     if document.value is None:
-        message, place = "the file is empty", Place(path, 1, 1, "", 0)
+        message = "the file is empty"
     else:
-        kind = (
-            "a list" if isinstance(document.value, list) else mark.written if mark is not None else "a value"
-        )
-        message, place = f"{kind} at the top", mark.value if mark is not None else None
+        kind = "a list" if isinstance(document.value, list) else "no mapping"
+        message, place = f"{kind} at the top", document.marks[()].value
     hint = "a config is a mapping of model, adapter, data, train and output_dir; `lora init` writes one"
     raise ConfigError(str(path), (Problem("", message, hint, place),))
 

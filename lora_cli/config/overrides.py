@@ -20,16 +20,16 @@ def apply_override(override: str, document: Document) -> None:
         document.problems.append(Problem(key, "is not KEY=VALUE", "such as train.learning_rate=1e-4"))
         return
     read = read_document(text, None)
-    document.problems += [
-        Problem(".".join(filter(None, (key, problem.key))), problem.message, problem.hint)
-        for problem in read.problems
-    ]
+    for problem in read.problems:
+        where = ".".join(filter(None, (key, problem.key)))
+        document.problems.append(Problem(where, problem.message, problem.hint))
+    if read.problems:
+        return
     target = _parent(steps, document)
-    last = steps[-1]
-    if isinstance(target, list) and holds(target, last):
-        target[last] = read.value
-    elif isinstance(target, dict):
-        target[str(last)] = read.value
+    if isinstance(target, dict):
+        target[str(steps[-1])] = read.value
+    elif holds(target, steps[-1]):
+        target[steps[-1]] = read.value
     else:
         document.problems.append(Problem(key, f"{dotted(steps[:-1])} is not a mapping", "set it as a whole"))
         return
@@ -46,7 +46,7 @@ def as_path(key: str) -> Path_:
 
 def _parent(steps: Path_, document: Document) -> Any:
     """What holds the value. A section that isn't there, or is null, comes into being."""
-    target = document.value
+    target: Any = document.value
     for position, step in enumerate(steps[:-1]):
         inner = target[step] if holds(target, step) else None
         if inner is None and isinstance(target, dict):

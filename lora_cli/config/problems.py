@@ -1,7 +1,7 @@
 """Pydantic's errors as problems that a person can act on.
 
-Turns every error into one `Problem`: the key, what was written there, what is allowed, and the near match or what
-another tool's key is called here. Doesn't find mistakes itself; `schema` and `contradictions` do.
+Turns every error into one `Problem`: the key, what was written there, what is allowed, and the near match
+or what another tool's key is called here. Doesn't find mistakes itself; `schema` and `contradictions` do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from lora_cli.config.allowed import Allowed, near
 from lora_cli.config.document import Document, Path_, dotted, holds
-from lora_cli.config.rivals import our_name
+from lora_cli.config.rivals import OURS, our_name
 from lora_cli.config.secrets import redact
 from lora_cli.errors import Place, Problem
 
@@ -43,8 +43,8 @@ def error_kinds(error: ValidationError, value: Any) -> dict[Path_, str]:
 
 
 def _path(details: ErrorDetails, value: Any) -> Path_:
-    """Where in the YAML the error is. Pydantic's own way there also names the branches of unions, and counts a
-    bare source as a list of one."""
+    """Where in the YAML the error is. Pydantic's own way there also names the branches of unions, and
+    counts a bare source as a list of one."""
     path: list[str | int] = []
     steps = details["loc"]
     for position, step in enumerate(steps):
@@ -92,19 +92,20 @@ def _hint(written: str, choices: list[str], words: str) -> str:
 
 def _unknown(path: Path_, document: Document, allowed: Allowed) -> Problem:
     mark = document.mark(path)
-    key = str(path[-1])
-    section = dotted(path[:-1])
-    siblings = allowed.keys(path[:-1])
-    elsewhere = allowed.everywhere()
-    if (match := near(key, siblings)) and (match.lower() == key.lower() or our_name(key) is None):
-        hint = f"did you mean `{match}`?"
-    elif name := our_name(key):
-        hint = f"here it is {name}" if " " in name else f"did you mean `{_from(section, name)}`?"
-    elif name := _elsewhere(key, elsewhere):
-        hint = f"did you mean `{name}`?"
-    else:
-        hint = f"the keys here are {', '.join(siblings)}"
+    hint = _meant(str(path[-1]), path[:-1], allowed)
     return Problem(redact(dotted(path)), "unknown key", hint, mark.key if mark is not None else None)
+
+
+def _meant(key: str, section: Path_, allowed: Allowed) -> str:
+    """The key that was probably meant: of this section, of another tool, of another section, or a typo of those."""
+    siblings = allowed.keys(section)
+    match = near(key, siblings)
+    if match is not None and (match.lower() == key.lower() or our_name(key) is None):
+        return f"did you mean `{match}`?"
+    name = our_name(key) or _elsewhere(key, allowed.everywhere()) or our_name(near(key, OURS) or "")
+    if name is None:
+        return f"the keys here are {', '.join(siblings)}"
+    return f"here it is {name}" if " " in name else f"did you mean `{_from(dotted(section), name)}`?"
 
 
 def _from(section: str, name: str) -> str:

@@ -74,9 +74,18 @@ def _plain(value: Any) -> Any:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as `null`; ruamel would leave it empty, which reads like something forgotten."""
+    """Null as `null` and 1e-08 as `1.0e-08`, which YAML 1.1 readers understand as well."""
 
 
-_Representer.add_representer(
-    type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
-)
+def _null(representer: _Representer, _: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+def _float(representer: _Representer, value: float) -> Any:
+    mantissa, e, exponent = repr(value).partition("e")
+    written = f"{mantissa}{'' if '.' in mantissa else '.0'}{e}{exponent}"
+    return representer.represent_scalar("tag:yaml.org,2002:float", written)
+
+
+_Representer.add_representer(type(None), _null)
+_Representer.add_representer(float, _float)

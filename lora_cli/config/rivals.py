@@ -1,7 +1,7 @@
 """What other tools call the things that a config says here.
 
-Names of axolotl, LLaMA-Factory, TRL and transformers, torchtune and Unsloth, each with the key that it is here, or
-with what to do instead. Used only to answer an unknown key.
+Names of axolotl, LLaMA-Factory, TRL and transformers, torchtune and Unsloth, each with the key that it is
+here, or with what to do instead. Used only to answer an unknown key.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ ADVICE: dict[str, str] = {
 
 def our_name(key: str) -> str | None:
     """What `key` of another tool is here: a dotted key, or advice in words."""
-    key = key.lower().replace("-", "_")
-    return _OURS.get(key) or ADVICE.get(key)
+    return OURS.get(key.lower().replace("-", "_"))
 
 
-_OURS = {theirs: ours for ours, names in KEYS.items() for theirs in names.split()}
+OURS = {theirs: ours for ours, names in KEYS.items() for theirs in names.split()} | ADVICE
+"""Every name of another tool, with the answer to it."""

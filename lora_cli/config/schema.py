@@ -1,8 +1,8 @@
 """The config as frozen, typed values: every key with its type, range, default and documentation.
 
-The string under a field is its documentation; the JSON Schema, the starter config, the errors and the reference
-page all take it from here, and its first sentence must make sense alone. Knows nothing of YAML (`load`), of
-rules between fields (`contradictions`), or of torch.
+The string under a field is its documentation; the JSON Schema, the starter config, the errors and the
+reference page all take it from here, and its first sentence must make sense alone. Knows nothing of YAML
+(`load`), of rules between fields (`contradictions`), or of torch.
 """
 
 from __future__ import annotations
@@ -60,15 +60,17 @@ class ModelConfig(Section):
     """A branch, tag or commit on the hub. null is the newest commit of the main branch."""
 
     dtype: Dtype = "auto"
-    """The dtype of the frozen weights. auto is bfloat16 where it is native, else float16 on CUDA, else float32."""
+    """The dtype of the frozen weights. auto is bfloat16 where it is native, else float16 on CUDA, else
+    float32."""
 
     quantization: QuantizationConfig | None = None
-    """Base weights in 4 or 8 bits: {type: nf4} makes it QLoRA. null keeps them in dtype."""
+    """{type: nf4}, fp4 or int8 for a quantized base, or null. nf4 makes it QLoRA."""
 
     attn_implementation: Literal[
         "auto", "documents", "sdpa", "eager", "flash_attention_2", "flex_attention"
     ] = "auto"
-    """The attention operator, by transformers' names. auto is documents, which keeps packed examples apart, where it is proven."""
+    """The attention operator, by transformers' names. auto is documents, which keeps packed examples
+    apart, where it is proven."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
@@ -86,13 +88,13 @@ class AdapterConfig(Section):
     lora_alpha: Alpha = Field(
         default_factory=lambda data: 2 * data.get("r", 1), json_schema_extra={"default": None}
     )
-    """Scale: the update is multiplied by lora_alpha / r. null is twice r."""
+    """Scale of the update is lora_alpha / r; null is twice r."""
 
     lora_dropout: BelowOne = 0.0
     """Dropout before the adapter. Above 0, results depend on how examples are packed."""
 
     target_modules: Text | ListOf[Text] | None = "all-linear"
-    """Modules that get an adapter. all-linear, a list of names, or a regular expression on the full name."""
+    """Modules that get one: all-linear, a list of names, or a regular expression. It matches full names."""
 
     exclude_modules: Text | ListOf[Text] | None = None
     """Modules left out, as a list of names or a regular expression."""
@@ -160,10 +162,10 @@ class DataConfig(Section):
     """What is trained on."""
 
     train: Sources
-    """Training rows: a file or hub id, or a list of {path, split, format, weight}."""
+    """A file, a hub id, or a list of {path, split, format, weight}."""
 
     validation: Share | Sources | None = None
-    """Held-out rows: the same, or a share of the training rows such as 0.05, drawn by train.seed."""
+    """Held-out rows: the same, or a share of the training rows. Such as 0.05, drawn by train.seed."""
 
     format: RowFormat = "auto"
     """What a row is. auto looks at the columns."""
@@ -215,7 +217,7 @@ class TrainConfig(Section):
         default_factory=lambda data: 0 if data.get("lr_scheduler_type") == "constant" else 0.03,
         json_schema_extra={"default": 0.03},
     )
-    """Steps until the learning rate is reached. Below 1, a share of all steps."""
+    """Steps until the learning rate is reached; below 1, a share of all."""
 
     weight_decay: NonNegativeNumber = 0.0
     """Decoupled weight decay."""
@@ -245,10 +247,10 @@ class TrainConfig(Section):
     """Steps between two lines of metrics."""
 
     eval_steps: Count | Share | None = None
-    """Steps between two evaluations. Below 1, a share of all steps; null evaluates at the end."""
+    """Steps between two evaluations; below 1, a share of all. null evaluates at the end."""
 
     save_steps: Count | None = None
-    """Steps between two checkpoints. null saves at the end."""
+    """Steps between two checkpoints; null saves at the end."""
 
     save_minutes: PositiveNumber | None = None
     """Minutes between two checkpoints, as well as save_steps or instead of it."""
@@ -266,7 +268,7 @@ class TrainConfig(Section):
     """Experiment trackers: tensorboard, wandb, mlflow, trackio."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    """Decides the order of the data, the validation share, the adapter's start and dropout."""
+    """Order of the data, validation share, start of the adapter, dropout."""
 
 
 class Config(Section):
@@ -276,7 +278,7 @@ class Config(Section):
     """The base model."""
 
     adapter: AdapterConfig | None = Field(default_factory=AdapterConfig)
-    """The LoRA adapter. null trains all weights."""
+    """The LoRA adapter; null trains all weights."""
 
     data: DataConfig
     """What is trained on."""

@@ -1,6 +1,7 @@
 """Access tokens and passwords: found wherever they stand in a config, and never shown.
 
-A config is copied into every run folder, so a secret in one is a mistake; the error about it must not print it.
+A config is copied into every run folder, so a secret in one is a mistake; the error about it must not
+print it.
 """
 
 from __future__ import annotations

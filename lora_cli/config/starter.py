@@ -1,9 +1,11 @@
-"""The commented config that `lora init` writes: the fields that most runs set, with their documentation beside them."""
+"""The commented config that `lora init` writes: the fields that most runs set, with their documentation
+beside them."""
 
 from __future__ import annotations
 
 import json
 import re
+from itertools import groupby
 from typing import Any
 
 from lora_cli.config.allowed import Allowed, number
@@ -37,6 +39,8 @@ SHOWN: tuple[tuple[str, ...], ...] = (
 )
 """Everything else keeps its default and is in the schema."""
 
+SECTIONS = {path[0] for path in SHOWN if len(path) > 1}
+
 _VALUE_WIDTH = 34
 
 
@@ -51,17 +55,19 @@ def starter_config(
         ("data", "train"): _scalar(data),
         ("output_dir",): _scalar(output_dir),
     }
-    lines = [f"# lora train {name}", "# Every other key, with its default: lora schema", ""]
-    section = ""
-    for path in SHOWN:
-        if path[0] != section and len(path) > 1:
-            section = path[0]
-            lines.append(
-                f"{section}:{' ' * (_VALUE_WIDTH - len(section) + 1)}# {allowed.description((section,))}"
-            )
-        written = f"{'  ' * (len(path) - 1)}{path[-1]}: {values.get(path) or _default(path, allowed)}"
-        lines.append(f"{written:<{_VALUE_WIDTH}}  # {_comment(path, allowed)}")
+    lines = [f"# lora train {name}", "# Every other key, with its default: lora schema"]
+    for section, paths in groupby(SHOWN, key=lambda path: path[0]):
+        lines.append("")
+        if section in SECTIONS:
+            lines.append(_line(f"{section}:", allowed.description((section,))))
+        for path in paths:
+            written = f"{'  ' * (len(path) - 1)}{path[-1]}: {values.get(path) or _default(path, allowed)}"
+            lines.append(_line(written, _comment(path, allowed)))
     return "\n".join(lines) + "\n"
+
+
+def _line(written: str, comment: str) -> str:
+    return f"{written:<{_VALUE_WIDTH}}  # {comment}"
 
 
 def _comment(path: tuple[str, ...], allowed: Allowed) -> str:

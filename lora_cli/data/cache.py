@@ -1,9 +1,9 @@
 """Tokenized sources kept between runs, so that a second start is immediate.
 
-An entry is a folder named by a hash of everything that its content depends on: the data's content, the tokenizer
-and its template, the settings, this package's code and the libraries'. It is written under a temporary name and
-renamed when complete: two processes may do the same work, and the first to finish wins. Knows files; knows nothing
-about rows.
+An entry is a folder named by a hash of everything that its content depends on: the data's content, the
+tokenizer and its template, the settings, this package's code and the libraries'. It is written under a
+temporary name and renamed when complete: two processes may do the same work, and the first to finish wins.
+Knows files; knows nothing about rows.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def key_of(parts: dict[str, Any]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the tokenizer, its special tokens and its chat template; of the day, where the template asks for it."""
+    """A hash of the tokenizer and its chat template; of the day too, where the template writes it."""
     template = tokenizer.chat_template
     parts = {
         "tokenizer": hashlib.blake2b(_backend_json(tokenizer).encode()).hexdigest(),

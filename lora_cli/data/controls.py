@@ -18,7 +18,8 @@ _NOTHING = r"(?!)"
 class Controls:
     """The special tokens of a tokenizer and the model's stop tokens.
 
-    Added tokens that are neither (`<think>` in Qwen 3) are words like any other: a row that spells one means it.
+    Added tokens that are neither (`<think>` in Qwen 3) are words like any other: a row that spells one means
+    it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]) -> None:

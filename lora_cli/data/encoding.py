@@ -1,11 +1,11 @@
 """Marked text to token ids, with one flag per token.
 
-A token is trained when it holds a non-space character of a trained span and none of another role's content, or
-when it is white space wholly inside a trained span. The first token never is: nothing predicts it.
+A token is trained when it holds a non-space character of a trained span and none of another role's content,
+or when it is white space wholly inside a trained span. The first token never is: nothing predicts it.
 
-Control tokens spelled in the data stay text. Rows that spell one are cut at the template's own control tokens and
-the pieces encoded as plain text, after a check that cutting there changes nothing for this tokenizer; where it
-would, that is an error.
+Control tokens spelled in the data stay text. Rows that spell one are cut at the template's own control tokens
+and the pieces encoded as plain text, after a check that cutting there changes nothing for this tokenizer;
+where it would, that is an error.
 
 Knows fast tokenizers, which run many texts at once in their own threads; knows nothing about templates.
 """
@@ -49,7 +49,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Controls) -> None:
         if not tokenizer.is_fast:
             raise DataError(
-                f"{type(tokenizer).__name__} can't say which characters its tokens stand for, so no mask can be made",
+                f"{type(tokenizer).__name__} can't say which characters its tokens stand for: no exact mask",
                 remedy="Use a model with a fast tokenizer (one with a tokenizer.json).",
             )
         self._backend: Any = tokenizer.backend_tokenizer
@@ -58,10 +58,13 @@ class Encoder:
 
     def encode(self, texts: Sequence[MarkedText]) -> list[Example | DataError]:
         """The tokens of each text. A text that can't be encoded gives its error, for the caller to place."""
-        # A tokenizer.json may ask for truncation and padding; transformers sets both anew at each of its calls.
+        # A tokenizer.json may ask for truncation and padding; transformers sets both anew at each of its
+        # calls.
         self._backend.no_truncation()
         self._backend.no_padding()
-        errors = {index: error for index, text in enumerate(texts) if (error := _unencodable(text)) is not None}
+        errors = {
+            index: error for index, text in enumerate(texts) if (error := _unencodable(text)) is not None
+        }
         good = [text for index, text in enumerate(texts) if index not in errors]
         tokens: list[_Tokens | DataError] = []
         spelled = [self._spelled_controls(text) for text in good]
@@ -103,7 +106,7 @@ class Encoder:
         )
 
     def _pieces(self, text: MarkedText) -> tuple[_Tokens, int]:
-        """The tokens of the text between the template's own control tokens, and these by their ids; how many."""
+        """The tokens between the template's own control tokens, with these by their ids; and how many of these."""
         ids: list[int] = []
         offsets: list[Span] = []
         position = 0
@@ -145,7 +148,7 @@ def _unencodable(text: MarkedText) -> DataError | None:
         text.text.encode()
     except UnicodeEncodeError as error:
         return DataError(
-            f"the text holds half of a surrogate pair, \\u{ord(text.text[error.start]):04x}, which is no character",
+            f"the text holds half of a surrogate pair, \\u{ord(text.text[error.start]):04x}, no character",
             remedy="The row's JSON was cut inside an escape such as \\ud83d\\ude00; write it anew.",
         )
     return None
@@ -164,7 +167,9 @@ def _flagged(encoded: Sequence[tuple[MarkedText, _Tokens]]) -> Iterator[Example]
         everything = text.trained == ((0, len(text.text)),)
         tail = [] if text.append is None else [text.append]
         ids = np.array([*text.before, *tokens.ids, *tail], dtype=np.int32)
-        trained = np.concatenate([np.full(len(text.before), everything), own, np.ones(len(tail), dtype=np.bool_)])
+        trained = np.concatenate(
+            [np.full(len(text.before), everything), own, np.ones(len(tail), dtype=np.bool_)]
+        )
         trained[:1] = False
         yield Example(ids, trained)
 

@@ -1,7 +1,7 @@
 """Tokenized examples, laid end to end.
 
-The values that the rest of the tool trains and scores on. The arrays may be memory-mapped files. Knows nothing
-about where they came from beyond the place of each row.
+The values that the rest of the tool trains and scores on. The arrays may be memory-mapped files. Knows
+nothing about where they came from beyond the place of each row.
 """
 
 from __future__ import annotations

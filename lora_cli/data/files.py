@@ -1,7 +1,7 @@
 """Rows of local files: JSON Lines, JSON lists, CSV and Parquet.
 
-Read row by row, so that an error names the line and memory stays bounded. Knows formats of files; knows nothing
-about what the columns mean.
+Read row by row, so that an error names the line and memory stays bounded. Knows formats of files; knows
+nothing about what the columns mean.
 """
 
 from __future__ import annotations
@@ -98,11 +98,15 @@ class JsonLines(File):
         return sum(1 for line in raw_lines(self.path) if line.strip())
 
     def _broken(self, number: int, line: str, error: Exception) -> DataError:
-        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        what = (
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        )
         half = not line.endswith("\n")
         return DataError(
             f"{self.place(number)}: broken JSON: {what}" + (" of the last line" if half else ""),
-            remedy="The line has no end: the file may be half-written." if half else f"The line: {_shortened(line)}",
+            remedy="The line has no end: the file may be half-written."
+            if half
+            else f"The line: {_shortened(line)}",
         )
 
 
@@ -170,7 +174,7 @@ class Csv(File):
     def _named(self, number: int, header: list[str], fields: list[str]) -> Row:
         if len(fields) != len(header):
             raise DataError(
-                f"{self.place(number)}: {len(fields)} fields, but the header names {len(header)}: {', '.join(header)}",
+                f"{self.place(number)}: {len(fields)} fields, the header has {len(header)}: {', '.join(header)}",
                 remedy='A field that holds a comma or a newline must stand in "quotes".',
             )
         return dict(zip(header, fields, strict=True))
@@ -230,8 +234,8 @@ def open_file(path: Path) -> File:
         case suffix:
             raise DataError(
                 f"{path}: no reader for {suffix or 'a file without an ending'}",
-                remedy="Readable are .jsonl, .json, .csv and .tsv (each also as .gz, .bz2, .xz, .zst) and .parquet,\n"
-                "and folders saved by datasets.",
+                remedy="Readable are .jsonl, .json, .csv and .tsv (also as .gz, .bz2, .xz, .zst), .parquet, and\n"
+                "folders saved by datasets.",
             )
 
 

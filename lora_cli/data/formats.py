@@ -1,7 +1,8 @@
 """What a row means: a conversation, a prompt with its completion, an instruction, or a text.
 
-The format is found by the columns of a source's first row, or said in the config. Everything that can be wrong
-with a row's columns is an error here, with the row's place and the field. Knows nothing about tokenizers.
+The format is found by the columns of a source's first row, or said in the config. Everything that can be
+wrong with a row's columns is an error here, with the row's place and the field. Knows nothing about
+tokenizers.
 """
 
 from __future__ import annotations
@@ -168,7 +169,9 @@ class RowReader:
 
     def _message(self, place: str, field: str, value: object) -> Message:
         if not isinstance(value, dict):
-            raise DataError(f"{place}: {field} is {_shown(value)}", remedy="It must be an object with role and content.")
+            raise DataError(
+                f"{place}: {field} is {_shown(value)}", remedy="It must be an object with role and content."
+            )
         # Arrow fills the keys that other messages have with nulls.
         message: Message = {key: item for key, item in value.items() if item is not None}
         if "role" not in message and "from" in message:
@@ -180,7 +183,11 @@ class RowReader:
                     f"{place}: {field}.from is {_shown(speaker)}, an unknown speaker",
                     remedy=f"Known are {', '.join(_SHAREGPT_ROLES)}.",
                 )
-            message = {"role": role, **message} if content is None else {"role": role, "content": content, **message}
+            message = (
+                {"role": role, **message}
+                if content is None
+                else {"role": role, "content": content, **message}
+            )
             content_name = "value"
         else:
             content_name = "content"
@@ -212,7 +219,9 @@ class RowReader:
     def _string(self, place: str, row: Row, column: str) -> str:
         value = self._present(place, row, column)
         if not isinstance(value, str):
-            raise DataError(f"{place}: {self._theirs(column)} is {_shown(value)}", remedy="It must be a string.")
+            raise DataError(
+                f"{place}: {self._theirs(column)} is {_shown(value)}", remedy="It must be a string."
+            )
         return value
 
     def _present(self, place: str, row: Row, column: str) -> object:
@@ -236,14 +245,18 @@ def find_format(place: str, row: Row, columns: Mapping[str, str]) -> RowFormat:
     Raises:
         DataError: it has those of none.
     """
-    present = {ours for names in FORMATS.values() for one in names for ours in one if columns.get(ours, ours) in row}
+    present = {
+        ours for names in FORMATS.values() for one in names for ours in one if columns.get(ours, ours) in row
+    }
     for found, choices in FORMATS.items():
         if any(needed <= present for needed in choices):
             return found
-    needs = "; ".join(f"{name}: {' or '.join(', '.join(sorted(c)) for c in cs)}" for name, cs in FORMATS.items())
+    needs = "; ".join(
+        f"{name}: {' or '.join(', '.join(sorted(c)) for c in cs)}" for name, cs in FORMATS.items()
+    )
     raise DataError(
         f"{place}: the columns fit no format: {', '.join(row) or 'there are none'}",
-        remedy=f"Formats need these columns: {needs}.\nOther names go under data.columns, such as {{text: body}}.",
+        remedy=f"Formats need these columns: {needs}.\nOther names: data.columns, as {{text: body}}.",
     )
 
 

@@ -268,12 +268,16 @@ def _together(
     trained = [part.arrays["trained"] for part in parts]
     chosen = np.arange(sum(counts)) if picked is None else picked
     starts = np.cumsum([0, *counts])
-    cut = np.concatenate([start + part.arrays["truncated"] for start, part in zip(starts, parts, strict=False)])
+    cut = np.concatenate(
+        [start + part.arrays["truncated"] for start, part in zip(starts, parts, strict=False)]
+    )
     examples = Examples(
         input_ids=_gathered(ids, lengths, picked),  # type: ignore[arg-type]
         trained=_gathered(trained, lengths, picked),  # type: ignore[arg-type]
         offsets=np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64),
-        places=parts[0].places if len(parts) == 1 and picked is None else PickedPlaces([p.places for p in parts], chosen),
+        places=parts[0].places
+        if len(parts) == 1 and picked is None
+        else PickedPlaces([p.places for p in parts], chosen),
         account=DataAccount(0, 0, 0, 0, 0, 0, 0, 0),
         fingerprint=fingerprint([part.fingerprint for part in parts], picked),
         truncated=np.flatnonzero(np.isin(chosen, cut)),
@@ -314,7 +318,11 @@ def _duplicates(parts: Sequence[Part], train: Sequence[Part] | None) -> list[str
     if train is None:
         _, first = np.unique(hashes, return_index=True)
         again = np.setdiff1d(np.arange(len(hashes)), first)
-        return [f"{len(again):,} examples are exact duplicates; the first is {places[int(again[0])]}"] if len(again) else []
+        return (
+            [f"{len(again):,} examples are exact duplicates; the first is {places[int(again[0])]}"]
+            if len(again)
+            else []
+        )
     seen = np.flatnonzero(np.isin(hashes, np.concatenate([part.arrays["hashes"] for part in train])))
     if len(seen) == 0:
         return []

@@ -1,8 +1,8 @@
 """Which examples each step sees: a pure function of seed, epoch and step.
 
-No state and no library's random generator: the same numbers on every machine and numpy version, for any number
-of processes and any micro-batch size, so that a resumed run needs no replay. Knows nothing about what an
-example is.
+No state and no library's random generator: the same numbers on every machine and numpy version, for any
+number of processes and any micro-batch size, so that a resumed run needs no replay. Knows nothing about what
+an example is.
 """
 
 from __future__ import annotations

@@ -58,7 +58,9 @@ def _previews(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
 ) -> Iterator[ExamplePreview]:
     limits = Limits(data.max_length, data.overlong)
-    rows_to_examples = RowTokenizer(tokenizer, stop_token_ids, limits=limits, everything=data.train_on == "all")
+    rows_to_examples = RowTokenizer(
+        tokenizer, stop_token_ids, limits=limits, everything=data.train_on == "all"
+    )
     tallies = []
     for source in open_sources(data.train):
         reader = source.reader(data)
@@ -73,7 +75,9 @@ def _previews(
                     tally.dropped.setdefault(row.dropped, []).append(row.number)
                 for one in row.examples:
                     if one.dropped is None:
-                        yield _preview(source.place(row.number), one, tokenizer, stop_token_ids, rows_to_examples.notes)
+                        yield _preview(
+                            source.place(row.number), one, tokenizer, stop_token_ids, rows_to_examples.notes
+                        )
     refuse_nothing("data.train", tallies)
 
 
@@ -116,8 +120,8 @@ def _notes(
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
     """What each token adds to the decoded text.
 
-    Decoded with the token before it, as some tokenizers drop the space that begins a lone token. A character that
-    is spread over several tokens is shown at the last of them.
+    Decoded with the token before it, as some tokenizers drop the space that begins a lone token. A character
+    that is spread over several tokens is shown at the last of them.
     """
     texts: list[str] = []
     start, context = 0, ""

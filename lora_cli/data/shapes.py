@@ -1,10 +1,10 @@
 """Marked text of conversations, at the cost of one rendering for most.
 
-Where a turn's words stand depends on a conversation's shape: its roles, tools and whatever else is not content.
-So the spans are derived once per shape, on the conversation with stand-in words for its contents. A row's own
-rendering is then held against that text: literal parts must be equal character by character and each content must
-stand in its slot. A row whose rendering differs anywhere (its content means something to the template) is derived
-by itself. Knows characters only.
+Where a turn's words stand depends on a conversation's shape: its roles, tools and whatever else is not
+content. So the spans are derived once per shape, on the conversation with stand-in words for its contents. A
+row's own rendering is then held against that text: literal parts must be equal character by character and
+each content must stand in its slot. A row whose rendering differs anywhere (its content means something to
+the template) is derived by itself. Knows characters only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Shape:
         shifts = [real - stand_in for (_, real), stand_in in zip(found, self.ends, strict=True)]
 
         def moved(position: int) -> int:
-            # Spans begin and end at the edges of slots or in literals, so whole slots before it are what counts.
+            # Spans begin and end at the edges of slots or in literals, so whole slots before it are what
+            # counts.
             shift = 0
             for end, by in zip(self.ends, shifts, strict=True):
                 if end > position:
@@ -84,7 +85,8 @@ class ConversationMarker:
         """The examples of a conversation.
 
         Raises:
-            DataError: the template refuses the row, hides where the words are, or the row spells a control token
+            DataError: the template refuses the row, hides where the words are, or the row spells a control
+            token
                 where it can't be told from the template's own.
         """
         self._refuse_controls_outside_contents(conversation)
@@ -112,9 +114,6 @@ class ConversationMarker:
             for index, message in enumerate(conversation.messages)
         ]
         renderings = self._renderings(replace(conversation, messages=tuple(stand_ins)))
-        for index in sorted(conversation.trained):
-            up_to = stand_ins[: index + 1]
-            self._template.note_prompt(up_to, conversation.tools, self._template.turn(up_to, conversation.tools))
         return tuple(_shape(rendering) for rendering in renderings)
 
     def _renderings(self, conversation: Conversation) -> list[Rendering]:

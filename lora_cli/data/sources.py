@@ -1,7 +1,7 @@
 """Opening what a config names as data: a local file, a folder saved by `datasets`, or a hub id.
 
-No data set's own code is ever run and no pickle is read. `datasets` is imported only for what needs it, as the
-import takes longer than reading a small file. Knows nothing about what the columns mean.
+No data set's own code is ever run and no pickle is read. `datasets` is imported only for what needs it, as
+the import takes longer than reading a small file. Knows nothing about what the columns mean.
 """
 
 from __future__ import annotations
@@ -61,14 +61,16 @@ def open_source(source: Source) -> Rows:
     if path.is_dir():
         return _open_saved(path, source.split)
     if path.is_absolute() or _FILE_ENDING.search(source.path) or not _HUB_ID.fullmatch(source.path):
-        raise DataError(f"{path.absolute()}: no such file or folder", remedy="Named under `data` in the config.")
+        raise DataError(
+            f"{path.absolute()}: no such file or folder", remedy="Named under `data` in the config."
+        )
     return _open_hub(source)
 
 
 def _open_saved(path: Path, split: str | None) -> Rows:
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise DataError(
-            f"{path}: a folder, but none that datasets' save_to_disk wrote (no state.json or dataset_dict.json)",
+            f"{path}: a folder without state.json or dataset_dict.json, so datasets' save_to_disk didn't write it",
             remedy="Name the data files in it instead; several make a list under `data.train`.",
         )
     from datasets import Dataset, DatasetDict, load_from_disk
@@ -122,7 +124,9 @@ def _choose_split(name: str, splits: list[str], wanted: str | None) -> str:
         return splits[0]
     if "train" in splits:
         return "train"
-    raise DataError(f"{name}: has several splits and none is named", remedy=f"Set `split` to one of {', '.join(splits)}.")
+    raise DataError(
+        f"{name}: has several splits and none is named", remedy=f"Set `split` to one of {', '.join(splits)}."
+    )
 
 
 def _first_line(error: Exception) -> str:

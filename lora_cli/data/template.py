@@ -2,15 +2,16 @@
 
 Templates say nothing about spans, so they are derived, by rendering and comparing:
 
-- A turn with plain content is rendered twice, once with its content replaced by a word that occurs nowhere else.
-  What stands in the word's place is the content (but for white space at its ends), or the template changes it.
+- A turn with plain content is rendered twice, once with its content replaced by a word that is nowhere else.
+  What stands in the word's place is the content (but for white space at its ends), or the template changes
+  it.
 - A turn with thinking or tool calls, and one whose content the template rearranges, is what follows the
   generation prompt: all of it is what the model has to produce.
 - The turn ends in the control token after its words: the model's stop token, if there is one (`Controls`).
 
-A conversation is one example if each turn stands in the whole as it does when it is the last one. A template that
-rewrites earlier turns (thinking stripped, tools moved) gives one example per trained turn, each rendered as
-inference would see it. Where neither way finds the words, that is an error.
+A conversation is one example if each turn stands in the whole as it does when it is the last one. A template
+that rewrites earlier turns (thinking stripped, tools moved) gives one example per trained turn, each rendered
+as inference would see it. Where neither way finds the words, that is an error.
 
 Knows characters; knows nothing about tokens beyond the spelling of control tokens. `shapes` makes this fast.
 """
@@ -88,7 +89,10 @@ class ChatTemplate:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+                    list(messages),
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=generation,
                 )
             )
         except jinja2.TemplateSyntaxError as error:
@@ -99,8 +103,10 @@ class ChatTemplate:
                 remedy="Change the row, or give a template that takes it as data.chat_template.",
             ) from error
 
-    def renderings(self, messages: Sequence[Message], trained: frozenset[int], tools: Tools) -> list[Rendering]:
-        """The examples of a conversation: one, or one per trained turn where the template rewrites earlier turns.
+    def renderings(
+        self, messages: Sequence[Message], trained: frozenset[int], tools: Tools
+    ) -> list[Rendering]:
+        """The examples of a conversation: one, or one per trained turn where earlier turns are rewritten.
 
         Raises:
             DataError: the template refuses the conversation, or hides where a turn's words are.
@@ -114,7 +120,7 @@ class ChatTemplate:
             append = turns[-1].append if order[-1] == last else None
             return [Rendering(len(messages), text, tuple(span for span in spans if span is not None), append)]
         self.notes["rewrites"] = (
-            "the chat template writes earlier turns otherwise than the last one; such rows become one example per turn"
+            "the chat template writes earlier turns otherwise than the last: such rows become one example a turn"
         )
         return [
             Rendering(index + 1, turn.text, (turn.trained,), turn.append)
@@ -125,11 +131,12 @@ class ChatTemplate:
         """Where the last message's words are when the conversation ends with it."""
         text = self.render(messages, tools)
         message = messages[-1]
+        prompt = self._prompt(messages, tools)
         words = None
         if not message.keys() - PLAIN_KEYS:
             words = self._around_stand_in(text, messages, tools)
         if words is None:
-            words = self._after_prompt(text, messages, tools)
+            words = self._after_prompt(text, prompt, messages)
         start, stop = words
         end, closed_by = self._controls.closing(text, stop)
         append = None
@@ -140,16 +147,38 @@ class ChatTemplate:
                 f"the chat template ends turns with {closed_by}, which is none of the model's stop tokens: "
                 "generation may not end by itself"
             )
-        return Turn(text, start, stop, end, append)
+        turn = Turn(text, start, stop, end, append)
+        if prompt is None or text.startswith(prompt):
+            return turn
+        return self._behind_prompt(turn, prompt, messages, tools)
 
-    def note_prompt(self, messages: Sequence[Message], tools: Tools, turn: Turn) -> None:
-        """Note it where an answer is rendered after something else than the prompt that generation starts from."""
-        prompt = self.render(messages[:-1], tools, generation=True)
-        if not turn.text.startswith(prompt):
+    def _prompt(self, messages: Sequence[Message], tools: Tools) -> str | None:
+        """What generation of the last message would start from, if the template can write that."""
+        try:
+            return self.render(messages[:-1], tools, generation=True)
+        except DataError:
+            return None
+
+    def _behind_prompt(self, turn: Turn, prompt: str, messages: Sequence[Message], tools: Tools) -> Turn:
+        """The turn behind the prompt that generation starts from, where the template put another there.
+
+        Mistral's templates write the system prompt into the last message if that is the user's, so a
+        conversation that ends with an answer has none. What follows the question in both tells where the
+        prompt ends.
+        """
+        asked = [*messages[:-2], {**messages[-2], "content": _STAND_IN}]
+        question_end = (self._prompt([*asked, messages[-1]], tools) or "").partition(_STAND_IN)[2]
+        behind = self.render([*asked, messages[-1]], tools).partition(_STAND_IN)[2]
+        answer = len(turn.text) - len(behind) + len(question_end)
+        if not (turn.text.endswith(behind) and behind.startswith(question_end) and answer <= turn.start):
             self.notes["prompt"] = (
-                f"generation starts from a prompt that ends in {prompt[-24:]!r}, which the chat template leaves out "
-                "in front of the answers it is trained on"
+                f"generation starts from a prompt that ends in {prompt[-24:]!r}, which is not what the "
+                "chat template writes in front of answers"
             )
+            return turn
+        shift = len(prompt) - answer
+        text = prompt + turn.text[answer:]
+        return Turn(text, turn.start + shift, turn.stop + shift, turn.end + shift, turn.append)
 
     def _around_stand_in(self, text: str, messages: Sequence[Message], tools: Tools) -> Span | None:
         """The words of a plain turn, or None where the template does more than place them."""
@@ -159,27 +188,30 @@ class ChatTemplate:
         stop = len(text) - len(after)
         if not found or _STAND_IN in after or not len(before) <= stop:
             return None
-        if text[: len(before)] != before or text[stop:] != after or text[len(before) : stop].strip() != content.strip():
+        if (
+            text[: len(before)] != before
+            or text[stop:] != after
+            or text[len(before) : stop].strip() != content.strip()
+        ):
             return None
         return len(before), stop
 
-    def _after_prompt(self, text: str, messages: Sequence[Message], tools: Tools) -> Span:
+    def _after_prompt(self, text: str, prompt: str | None, messages: Sequence[Message]) -> Span:
         """The words of a turn with more than plain content: all that follows the generation prompt."""
-        prompt = self.render(messages[:-1], tools, generation=True)
         field = f"messages[{len(messages) - 1}]"
-        if not text.startswith(prompt):
+        if prompt is None or not text.startswith(prompt):
             raise DataError(
-                f"{field}: can't tell which rendered characters are the assistant's words: the chat template changes "
-                "the content, and the rendered turn does not begin with the generation prompt",
-                remedy="Give the content without thinking tags (thinking has its own key, reasoning_content), or a\n"
-                "template that renders what it is given as data.chat_template.",
+                f"{field}: can't tell which rendered characters are the assistant's words: the chat template "
+                "changes the content, and the rendered turn doesn't begin with the generation prompt",
+                remedy="Give the content without thinking tags (thinking has its own key, reasoning_content), or\n"
+                "give a template that renders all of it as data.chat_template.",
             )
         written = _squeezed(text[len(prompt) :])
         for key, part in _parts(messages[-1]):
             if _squeezed(part) not in written:
                 raise DataError(
                     f"{field}.{key}: the chat template leaves it out",
-                    remedy="Remove it from the row, or give a template that renders it as data.chat_template.",
+                    remedy="Remove it from the row, or give a template that writes it as data.chat_template.",
                 )
         return len(prompt), self._controls.words_end(text, len(prompt))
 
@@ -194,7 +226,7 @@ class ChatTemplate:
         return turn.start, turn.stop if stop is None else stop[0]
 
     def _stop_to_append(self, messages: Sequence[Message], tools: Tools, text: str, stop: int) -> int | None:
-        """What the model is to end this turn with: the stop token a next turn would begin with, or else EOS."""
+        """What the model is to end this turn with: the stop token that a next turn begins with, or EOS."""
         following = "tool" if messages[-1].get("tool_calls") else "user"
         try:
             longer = self.render([*messages, {"role": following, "content": _STAND_IN}], tools)

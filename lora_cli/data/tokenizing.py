@@ -1,7 +1,7 @@
 """All rows of a source to examples, with the account of every row.
 
-Rows go through in chunks: rendered one by one, tokenized together. Memory is bounded by a chunk, whatever the size
-of the source. Knows the whole way of a row; knows nothing about several sources, splits or caches.
+Rows go through in chunks: rendered one by one, tokenized together. Memory is bounded by a chunk, whatever the
+size of the source. Knows the whole way of a row; knows nothing about several sources, splits or caches.
 """
 
 from __future__ import annotations
@@ -141,7 +141,11 @@ class RowTokenizer:
         )
 
     def _row(
-        self, number: int, place: str, encoded: list[tuple[MarkedText, Example | DataError]], empty: str | None
+        self,
+        number: int,
+        place: str,
+        encoded: list[tuple[MarkedText, Example | DataError]],
+        empty: str | None,
     ) -> PreparedRow:
         prepared = []
         for marked, example in encoded:

@@ -178,23 +178,20 @@ def _varlen(
     return result
 
 
-def use_document_attention(model: PreTrainedModel) -> None:
-    """Switch a model to attention by document.
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch a model to the attention of this name; `NAME` is ours.
 
     Raises:
-        UnsupportedAttention: its code doesn't take attention from transformers' interface.
+        UnsupportedAttention: its code doesn't take attention from transformers' interface, or not this one.
     """
-    use_attention(model, NAME)
-    if model.config._attn_implementation != NAME:
-        raise UnsupportedAttention("its attention can't be exchanged")
-
-
-def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch a model to the attention of this name; `NAME` is ours."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, document_attention)
+    if model.config._attn_implementation == name:
+        return
     try:
         model.set_attn_implementation(name)
     except ValueError as error:
         raise UnsupportedAttention(str(error).splitlines()[0]) from error
+    if model.config._attn_implementation != name:  # transformers is content with a warning
+        raise UnsupportedAttention("its attention can't be exchanged")

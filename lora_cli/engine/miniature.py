@@ -8,6 +8,8 @@ larger than transformers would draw them, so that a leak shows in the first digi
 from __future__ import annotations
 
 import copy
+import re
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +26,14 @@ WINDOW = 5
 
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner", "ffn_dim")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+"""Ids that the copy's vocabulary has, below those that its documents are made of."""
+
+# Settings that shrink together, whatever an architecture calls them: then sums and products of them still agree,
+# such as a Mamba layer's heads times their size with its width. Sizes of one head, ranks and states stay.
+_HEADS = re.compile(r"(^|_)(n|num)(_\w+)?_heads?$|(^|_)n(um)?_?groups$")
+_SIZES = re.compile(r"(hidden_size|intermediate_size|n_embd|n_inner|d_model|d_inner|d_ssm|d_ff|ffn_dim|width)$")
 
 _LARGEST = 300_000_000
 """Parameters; what is larger isn't cheap to try."""
@@ -42,11 +50,13 @@ def miniature(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
         NoMiniature: not even a copy that is shorter, but as wide as the model, can be built and run.
     """
     depth = _depth_with_every_kind(config)
-    failure = f"none has fewer than {_LARGEST:,} parameters"
-    for shrink in (_narrow_heads, _few_heads, _only_shorter):
+    failure = ""
+    for narrow in (_narrow_heads, _few_heads, _fewer_of_everything, _as_wide):
         try:
-            small = shrink(config, depth)
+            small = _shorter(config, depth)
+            narrow(small.get_text_config())
             if _parameters(small) > _LARGEST:
+                failure = failure or f"none has fewer than {_LARGEST:,} parameters"
                 continue
             model = _build(small, seed)
             with torch.no_grad():
@@ -58,38 +68,56 @@ def miniature(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     raise NoMiniature(failure)
 
 
-def _narrow_heads(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    """The smallest copy: few heads of 16 values."""
-    small = _only_shorter(config, depth)
-    _narrow(small.get_text_config(), 16)
-    return small
-
-
-def _few_heads(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    """Few heads, each as wide as the model's: rotary tables may be written out for that width."""
-    small = _only_shorter(config, depth)
-    _narrow(small.get_text_config(), None)
-    return small
-
-
-def _only_shorter(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+def _shorter(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """The config with its first `depth` layers, few tokens and short windows; other towers have one layer."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     full_depth = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == full_depth:
             setattr(text, name, value[:depth])
-    text.num_hidden_layers = depth
-    text.vocab_size = VOCABULARY
-    for name in _TOKENS:
-        if hasattr(text, name):
-            setattr(text, name, None)
-    for name in _WINDOWS:
-        if isinstance(getattr(text, name, None), int):
+        elif name.startswith("vocab_size"):
+            setattr(text, name, VOCABULARY)
+        elif name in _TOKENS and value is not None:
+            setattr(text, name, _TOKENS[name])
+        elif name in _WINDOWS and isinstance(value, int):
             setattr(text, name, WINDOW)
+    text.num_hidden_layers = depth
+    for tower in small.sub_configs:
+        other = getattr(small, tower)
+        if other is not None and other is not text and isinstance(vars(other).get("num_hidden_layers"), int):
+            other.num_hidden_layers = 1
     if getattr(small, "quantization_config", None) is not None:
         del small.quantization_config
     return small
+
+
+def _narrow_heads(text: PretrainedConfig) -> None:
+    """The smallest copy: few heads of 16 values."""
+    _narrow(text, 16)
+
+
+def _few_heads(text: PretrainedConfig) -> None:
+    """Few heads, each as wide as the model's: rotary tables may be written out for that width."""
+    _narrow(text, None)
+
+
+def _fewer_of_everything(text: PretrainedConfig) -> None:
+    """Heads of every kind and all widths divided by one number, for layers that aren't attention alone."""
+    sizes = {name: value for name, value in vars(text).items() if isinstance(value, int)}
+    heads = {name: value for name, value in sizes.items() if _HEADS.search(name) and value > 0}
+    most = vars(text).get("num_attention_heads") or max(heads.values(), default=text.hidden_size // 64)
+    factor = most // 2 if most % 2 == 0 else most
+    for name, value in heads.items():
+        setattr(text, name, max(1, value // factor))
+    for name, value in sizes.items():
+        if _SIZES.search(name):
+            setattr(text, name, value // factor)
+    _few_experts(text)
+
+
+def _as_wide(text: PretrainedConfig) -> None:
+    """No narrower than the model."""
 
 
 def _narrow(text: PretrainedConfig, head_size: int | None) -> None:
@@ -108,6 +136,10 @@ def _narrow(text: PretrainedConfig, head_size: int | None) -> None:
     for name in _WIDTHS:
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, 2 * text.hidden_size)
+    _few_experts(text)
+
+
+def _few_experts(text: PretrainedConfig) -> None:
     for name in _EXPERTS:
         if isinstance(getattr(text, name, None), int) and getattr(text, name) > 0:
             setattr(text, name, min(getattr(text, name), 8))
@@ -124,17 +156,36 @@ def _depth_with_every_kind(config: PretrainedConfig) -> int:
     depth = config.get_text_config().num_hidden_layers
     for stack in stacks:
         if len(stack) == depth:
-            kinds = [_kind(layer) for layer in stack]
+            kinds = _kinds(list(stack))
             return max(kinds.index(kind) for kind in set(kinds)) + 1
     return int(depth)
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """What tells one kind of layer from another: classes, shapes and plain settings, but not its number."""
+def _kinds(layers: list[nn.Module]) -> list[tuple[Any, ...]]:
+    """What tells one kind of layer from another: classes, shapes and plain settings, but no layer's number.
+
+    A number that is another in every layer is its number, or follows from it, as the initial lambda of a
+    DiffLlama layer does.
+    """
+    values: dict[tuple[str, str], list[int | float]] = defaultdict(list)
+    for layer in layers:
+        for path, module in layer.named_modules():
+            for setting, value in vars(module).items():
+                if isinstance(value, int | float):
+                    values[path, setting].append(value)
+    numbers = {place for place, found in values.items() if len(found) > 4 and len(set(found)) == len(found)}
+    return [_kind(layer, numbers) for layer in layers]
+
+
+def _kind(layer: nn.Module, numbers: set[tuple[str, str]]) -> tuple[Any, ...]:
     found: list[Any] = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
-    for module in layer.modules():
-        settings = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "layer_idx"}
-        found.append((type(module).__name__, tuple(sorted((k, str(v)) for k, v in settings.items()))))
+    for path, module in layer.named_modules():
+        settings = {
+            name: str(value)
+            for name, value in vars(module).items()
+            if isinstance(value, int | float | str) and name != "layer_idx" and (path, name) not in numbers
+        }
+        found.append((type(module).__name__, tuple(sorted(settings.items()))))
     return tuple(found)
 
 

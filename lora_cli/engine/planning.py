@@ -26,7 +26,7 @@ from lora_cli.model.architecture import build_on_meta, read_architecture
 from lora_cli.model.dtypes import dtype_name, resolve_dtype
 from lora_cli.model.parameters import count_parameters
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
-from lora_cli.model.weights import check_weight_files, describe_quantization
+from lora_cli.model.weights import Reach, check_weight_files, describe_quantization, quantization_reach, refuse_partial
 from lora_cli.plan import DataAccount, Engine, ModelFacts, ParameterReport, Plan, Steps, Writes
 from lora_cli.report.events import Emit, Warned, Working, ignore
 
@@ -102,7 +102,12 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
     folder = Path(config.model.name_or_path).expanduser()
     if folder.is_dir():
         check_weight_files(folder)
-    model = _on_meta(config, architecture)
+    base = build_on_meta(architecture, trust_remote_code=config.model.trust_remote_code)
+    reach = quantization_reach(base) if config.model.quantization is not None else None
+    if config.model.quantization is not None and reach is not None:
+        refuse_partial(reach, config.model.quantization)
+    target_warnings = _target_warnings(config, base)
+    model = _with_adapter(config, base)
     parameters = count_parameters(model)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, architecture, config.model)
@@ -125,7 +130,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
     resolved = _resolve(config, device, proof)
     steps = _steps(resolved, len(train))
     plan = Plan(
-        model=_facts(resolved, architecture, model),
+        model=_facts(resolved, architecture, model, parameters, reach),
         parameters=parameters,
         data=train.account,
         validation=None if validation is None else validation.account,
@@ -143,7 +148,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
         memory=None,
         writes=_writes(resolved, parameters.trainable, steps),
         warnings=tuple(
-            [*position_warnings, *_target_warnings(config, architecture)]
+            [*position_warnings, *target_warnings]
             + [*train.account.warnings, *(validation.account.warnings if validation else ())]
             + _dropout_warnings(model)
         ),
@@ -180,9 +185,12 @@ def largest_dropout(model: nn.Module) -> float:
 
 
 def _on_meta(config: Config, architecture: PretrainedConfig) -> PreTrainedModel | nn.Module:
+    return _with_adapter(config, build_on_meta(architecture, trust_remote_code=config.model.trust_remote_code))
+
+
+def _with_adapter(config: Config, model: PreTrainedModel) -> PreTrainedModel | nn.Module:
     import torch
 
-    model = build_on_meta(architecture, trust_remote_code=config.model.trust_remote_code)
     if config.adapter is None:
         return model
     adapter = config.adapter
@@ -242,7 +250,9 @@ def _steps(config: Config, count: int) -> Steps:
     )
 
 
-def _facts(config: Config, architecture: PretrainedConfig, model: nn.Module) -> ModelFacts:
+def _facts(
+    config: Config, architecture: PretrainedConfig, model: nn.Module, parameters: ParameterReport, reach: Reach | None
+) -> ModelFacts:
     commit = getattr(architecture, "_commit_hash", None)
     return ModelFacts(
         name=config.model.name_or_path,
@@ -252,6 +262,10 @@ def _facts(config: Config, architecture: PretrainedConfig, model: nn.Module) -> 
         quantization=describe_quantization(config.model.quantization),
         adapter=_describe_adapter(model),
         remote_code=config.model.trust_remote_code,
+        unquantized_bytes=0 if reach is None else reach.unquantized * (4 if config.model.dtype == "float32" else 2),
+        unquantized_percent=0.0
+        if reach is None
+        else 100 * reach.unquantized / sum(kind.base_parameters for kind in parameters.by_module),
     )
 
 
@@ -301,10 +315,10 @@ def _check_positions(model: nn.Module, architecture: PretrainedConfig, max_lengt
     return [f"data.max_length {max_length:,} is beyond the {limit:,} positions that the model was trained for"]
 
 
-def _target_warnings(config: Config, architecture: PretrainedConfig) -> list[str]:
+def _target_warnings(config: Config, base: PreTrainedModel) -> list[str]:
     if config.adapter is None or config.adapter.target_modules != "all-linear":
         return []
-    unreached = unreached_by_all_linear(build_on_meta(architecture, trust_remote_code=config.model.trust_remote_code))
+    unreached = unreached_by_all_linear(base)
     return [f"all-linear does not reach {', '.join(unreached)}"] if unreached else []
 
 

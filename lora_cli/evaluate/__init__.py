@@ -1,0 +1,20 @@
+"""Is the adapter better than its base, and by how much?
+
+    target      a run folder, an adapter folder or a config -> what is to be judged
+    rows        which rows, and whether they were trained on
+    models      the base, loaded once as trained, with adapters put on and taken off
+    scoring     each row's loss and right tokens
+    answers     each row's prompt answered, and compared with its reference
+    statistics  paired bootstrap intervals, the sign test
+    verdict     the figures in words
+    records     what is left in the run folder
+    paired      all of it: `evaluate`
+    prompting   `generate`
+
+Knows nothing about training or screens.
+"""
+
+from lora_cli.evaluate.paired import evaluate
+from lora_cli.evaluate.prompting import generate, read_prompts
+
+__all__ = ["evaluate", "generate", "read_prompts"]

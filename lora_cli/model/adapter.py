@@ -152,11 +152,13 @@ def linear_modules_outside_language_model(base: PreTrainedModel) -> list[str]:
 
 def unreached_by_all_linear(base: PreTrainedModel) -> tuple[str, ...]:
     """Kinds of weight in the layers that `all-linear` leaves alone: fused experts, convolutions, other towers."""
+    from torch import nn
+
     inside = {id(p) for module in base.modules() if is_linear(module) for p in module.parameters(recurse=False)}
     outside = set(linear_modules_outside_language_model(base))
-    embeddings = {
-        id(p) for part in (base.get_input_embeddings(), base.get_output_embeddings()) if part for p in part.parameters()
-    }
+    head = base.get_output_embeddings()
+    tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    embeddings = {id(p) for part in (*tables, head) if part is not None for p in part.parameters()}
     kinds = kind_names(base)
     found: dict[str, None] = {}
     for name, parameter in base.named_parameters():

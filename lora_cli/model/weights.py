@@ -6,12 +6,12 @@ Refuses pickled weights before anything is opened, and names a shard that is mis
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.config import ModelConfig, QuantizationConfig
 from lora_cli.errors import ModelError
-from lora_cli.model.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,6 @@ def load_base(
         )
     base.requires_grad_(False)
     if model.quantization is not None:
-        _refuse_partial(base, model.quantization)
         keep_packed_weights_unchanged(base)
     result: PreTrainedModel = base
     return result
@@ -135,36 +134,48 @@ def check_weight_files(folder: Path) -> None:
     raise ModelError(f"{folder.absolute()}: no *.safetensors weight files")
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes that the parameters of `model` take, as stored; tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+@dataclass(frozen=True)
+class Reach:
+    """What bitsandbytes leaves in full precision."""
+
+    unquantized: int
+    """Parameters that stay unquantized, embeddings and head included."""
+    share: float
+    """Of the layers' parameters, embeddings and head left out."""
 
 
-def unquantized_share(model: nn.Module) -> float:
-    """The share of bytes, without embeddings and head, that quantization left in 16 or 32 bits."""
-    from bitsandbytes.nn import Int8Params, Params4bit
+def quantization_reach(model: PreTrainedModel) -> Reach:
+    """What quantization would reach of a model, live or on `meta`: linear layers but the head.
 
-    outside = {
-        id(p)
-        for part in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-        if part is not None
-        for p in part.parameters()
+    Fused experts are plain parameters, which bitsandbytes leaves alone without a word.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside = {id(p) for part in (*tables, head) if part is not None for p in part.parameters()}
+    packed = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module.weight) not in outside
     }
-    kept = packed = 0
-    for parameter in model.parameters():
-        size = parameter.numel() * parameter.element_size()
-        if isinstance(parameter, Params4bit | Int8Params):
-            packed += size
-        elif id(parameter) not in outside:
-            kept += size
-    return kept / (kept + packed) if kept + packed else 0.0
+    total = sum(p.numel() for p in model.parameters())
+    layers = sum(p.numel() for p in model.parameters() if id(p) not in outside)
+    left = layers - sum(packed.values())
+    return Reach(total - sum(packed.values()), left / layers if layers else 0.0)
 
 
-def _refuse_partial(model: nn.Module, quantization: QuantizationConfig) -> None:
-    share = unquantized_share(model)
-    if share > 0.1 and not quantization.allow_partial:
+def refuse_partial(reach: Reach, quantization: QuantizationConfig) -> None:
+    """Refuse a quantized run that would mostly not be one.
+
+    Raises:
+        ModelError: above a tenth of the layers' parameters stay unquantized and the config doesn't allow it.
+    """
+    if reach.share > 0.1 and not quantization.allow_partial:
         raise ModelError(
-            f"quantization {quantization.type} reaches too little: {share:.0%} of the layers' bytes stay unquantized",
+            f"quantization {quantization.type} reaches too little: {reach.share:.0%} of the layers' parameters stay "
+            "unquantized",
             remedy="Fused experts are plain parameters that bitsandbytes leaves alone. To run all the same, set\n"
             "model.quantization.allow_partial: true.",
         )
@@ -194,15 +205,3 @@ def describe_quantization(quantization: QuantizationConfig | None) -> str | None
         return None
     double = quantization.type != "int8" and quantization.double_quant
     return f"{quantization.type}, double quant" if double else quantization.type
-
-
-__all__ = [
-    "bitsandbytes_config",
-    "check_weight_files",
-    "describe_quantization",
-    "dtype_name",
-    "keep_packed_weights_unchanged",
-    "load_base",
-    "parameter_bytes",
-    "unquantized_share",
-]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from lora_cli.report import numbers
@@ -83,7 +84,7 @@ def _legend(plots: PlotInput, window: int) -> str:
 def _epochs(training: Sequence[Mapping[str, Any]]) -> list[Mark]:
     """Where each epoch but the last ends, read off between the log lines on either side."""
     marks = []
-    for before, after in zip(training, training[1:], strict=False):
+    for before, after in pairwise(training):
         for epoch in range(math.floor(before["epoch"]) + 1, math.floor(after["epoch"]) + 1):
             share = (epoch - before["epoch"]) / (after["epoch"] - before["epoch"])
             step = round(before["step"] + share * (after["step"] - before["step"]))

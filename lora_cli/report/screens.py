@@ -28,7 +28,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     if plan.validation is not None:
         rows.append(("valid", f"{_rows(plan.validation)}; {_tokens(plan.validation)}"))
     rows.append(("steps", _steps(plan.steps)))
-    rows.append(("engine", _engine(plan)))
+    rows.append(("engine", _engine(plan.engine)))
     if plan.memory is not None:
         rows.append(("memory", _memory(plan.memory, plan.engine)))
     rows.append(("writes", _writes(plan.writes)))
@@ -101,14 +101,14 @@ _PACKING = {
 }
 
 
-def _engine(plan: Plan) -> str:
-    engine = plan.engine
+def _engine(engine: Engine) -> str:
     processes = f" x {engine.processes}" if engine.processes > 1 else ""
     checkpointing = "gradient checkpointing" if engine.gradient_checkpointing else "no gradient checkpointing"
     dropout = f", dropout {engine.dropout:g}" if engine.dropout else ""
+    tokens = numbers.counted(engine.micro_batch_tokens, "token")
     return (
-        f"{engine.device}{processes}; "
-        f"micro-batches of {numbers.counted(engine.micro_batch_tokens, 'token')}, {_PACKING[engine.packing]}; {engine.loss} loss, {checkpointing}{dropout}"
+        f"{engine.device}{processes}; micro-batches of {tokens}, {_PACKING[engine.packing]}; "
+        f"{engine.loss} loss, {checkpointing}{dropout}"
     )
 
 
@@ -141,7 +141,7 @@ def render_check(plan: Plan, width: int | None = None) -> str:
     ]
     if plan.validation is not None:
         findings += _data_findings("valid", plan.validation)
-    findings.append(("ok", "plan", f"{steps}; {_engine(plan)}"))
+    findings.append(("ok", "plan", f"{steps}; {_engine(plan.engine)}"))
     if plan.memory is not None:
         findings.append(("ok" if plan.memory.fits else "no", "memory", _memory(plan.memory, plan.engine)))
     enough = plan.writes.free_bytes > plan.writes.checkpoint_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_cli.config import Config
+from lora_cli.config.resolved import with_absolute_paths
 from lora_cli.errors import RunFolderError
 from lora_cli.runs.folder import RunFolder
 
@@ -24,7 +25,7 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
     Raises:
         RunFolderError: a difference that matters; each is named with both values.
     """
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    old, new = _flat(before.model_dump(mode="json")), _flat(with_absolute_paths(now).model_dump(mode="json"))
     serious = [
         f"{key}: {_shown(old.get(key))} there, {_shown(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())

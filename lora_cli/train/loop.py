@@ -279,8 +279,7 @@ class Loop:
     def _stop_if_asked(self) -> None:
         if not self.world.any(self._signal is not None):
             return
-        self.log()
-        self.save()
+        self.save()  # and no line of metrics: the window goes on where the run does
         number = self._signal or signal.SIGTERM  # another process's signal, where this one had none
         raise Interrupted(
             number,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_cli.config import Config, Source
+from lora_cli.config.resolved import with_absolute_paths
 from lora_cli.data.examples import Examples
 from lora_cli.engine.assembly import causal_lm
 from lora_cli.engine.generation import Sampling, generate_batch
@@ -68,8 +69,13 @@ def read_summary(folder: RunFolder) -> Summary | None:
 
 def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepared: Prepared) -> None:
     """The adapter (or the whole model in full fine-tuning) in PEFT's or transformers' own format, atomically."""
+    from peft import PeftModel
+
     temporary = folder.adapter_dir.with_name(".adapter.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(model, PeftModel):  # found again from any working directory
+        base = with_absolute_paths(prepared.config).model.name_or_path
+        model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(temporary)
     prepared.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder.adapter_dir, ignore_errors=True)

@@ -18,7 +18,7 @@ from lora_cli.engine.planning import Prepared, check_against_plan, prepare
 from lora_cli.engine.step import Learner
 from lora_cli.engine.world import World, join_world
 from lora_cli.errors import RunFolderError
-from lora_cli.report.events import Emit, Finished, Planned, Summary, Working, ignore
+from lora_cli.report.events import Emit, Finished, Planned, Summary, Warned, Working, ignore
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.environment import describe_environment
 from lora_cli.runs.folder import RunFolder
@@ -51,17 +51,17 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
     emit = emit if world.is_main else ignore
     if resume:
         config = _as_before(folder, config)
-        finished = read_summary(folder)
-        if finished is not None and finished.steps >= _planned_steps(folder, config):
-            emit(Finished(finished))
-            return finished
     prepared = prepare(config, world.device, processes=world.size, emit=emit)
+    finished = read_summary(folder) if resume else None
+    if finished is not None and (finished.stopped or finished.steps >= prepared.plan.steps.total):
+        emit(Warned(f"{folder.path} is finished; a larger train.num_train_epochs or train.max_steps extends it"))
+        emit(Finished(finished))
+        return finished
     emit(Planned(prepared.plan))
     if not world.is_main:
         return _run(folder, prepared, world, resume, emit)
     with folder.claim(resume=resume):
-        if not resume:
-            _write_origin(folder, prepared)
+        _write_origin(folder, prepared)
         return _run(folder, prepared, world, resume, emit)
 
 
@@ -145,21 +145,13 @@ def _as_before(folder: RunFolder, config: Config) -> Config:
     return refuse_differences(load_config(folder.config_file), config, folder)
 
 
-def _planned_steps(folder: RunFolder, config: Config) -> int:
-    """Steps that the finished run was to take; more are planned when epochs or max_steps grew."""
-    before = load_config(folder.config_file).train
-    same = (before.max_steps, before.num_train_epochs) == (config.train.max_steps, config.train.num_train_epochs)
-    return 0 if same else 2**62
-
-
 def _write_origin(folder: RunFolder, prepared: Prepared) -> None:
-    """config.yaml and environment.json: how the run was made."""
+    """config.yaml and environment.json: how the run is made. Resumed, it may have other versions and settings."""
     write_text(folder.config_file, dump_config(prepared.config))
-    write_json(folder.environment_file, environment(prepared))
+    write_json(folder.environment_file, _environment(prepared))
 
 
-def environment(prepared: Prepared) -> dict[str, Any]:
-    """What environment.json holds."""
+def _environment(prepared: Prepared) -> dict[str, Any]:
     return {
         **describe_environment(),
         "device": prepared.plan.engine.device,

@@ -1,7 +1,7 @@
 """`lora --help` and unknown commands: commands in groups, one line each, and the near match of a typo.
 
-Plain text, without Rich: the page answers in about a tenth of a second. Knows the order of the commands; what each
-does is said by its own docstring.
+Plain text, without Rich: the page answers in about a tenth of a second. Knows the order of the commands;
+what each does is said by its own docstring.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import textwrap
 from difflib import get_close_matches
 from typing import Any
 
-import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lora_cli.cli_errors import exit_codes
+from lora_cli.cli.failures import exit_codes
 from lora_cli.errors import UserError
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -31,14 +30,14 @@ _EXIT_CODES = "0 done, 1 our bug, 2 yours to mend, 3 the answer is no, 130/143 i
 class LoraGroup(TyperGroup):
     """The top level: `lora`."""
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(help_page({name: command.help or "" for name, command in self.commands.items()}))
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         with exit_codes(debug=ctx.obj["debug"]):
             return super().invoke(ctx)
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
         if name in self.commands or name.startswith("-"):
             return super().resolve_command(ctx, args)
@@ -50,7 +49,7 @@ class LoraGroup(TyperGroup):
 class LoraCommand(TyperCommand):
     """One command, with the arguments where people type them: `lora train CONFIG [OPTIONS]`."""
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [
             f"{parameter.metavar}{'...' if parameter.nargs != 1 else ''}"
             for parameter in self.get_params(ctx)

@@ -1,6 +1,8 @@
-"""What happens when a command fails: one clear message on stderr, and the exit code that says whose turn it is.
+"""What happens when a command fails: one clear message on stderr, and the exit code that says whose turn
+it is.
 
-The only place that turns exceptions into exit codes. Knows the tree in `errors`, and nothing about any command.
+The only place that turns exceptions into exit codes. Knows the tree in `errors`, and nothing about any
+command.
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""What several commands share: their arguments, loading the config, and giving an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_cli.errors import NegativeAnswer
+
+if TYPE_CHECKING:
+    from lora_cli.config import Config
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="A run folder, an adapter folder or a config.", show_default=False),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value, as train.seed=7. May be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
+
+
+def load(
+    path: Path, overrides: list[str] | None, *, output_dir: str | None = None, no_cache: bool = False
+) -> Config:
+    from lora_cli.config import load_config
+
+    given = list(overrides or ())
+    if output_dir is not None:
+        given.append(f"output_dir={json.dumps(output_dir, ensure_ascii=False)}")
+    if no_cache:
+        given.append("data.cache=false")
+    return load_config(path, given)
+
+
+def print_json(value: Any) -> None:
+    """One document on stdout; under torchrun, from the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def answer(yes: bool, otherwise: str) -> None:
+    if not yes:
+        raise NegativeAnswer(otherwise)

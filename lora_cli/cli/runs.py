@@ -1,0 +1,140 @@
+"""Commands that train, and that work on what was trained: train, eval, generate, merge."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lora_cli.cli.options import AsJson, ConfigFile, Set, Target, answer, load, print_json
+
+
+def train(
+    config: ConfigFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in output_dir.")] = False,
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The run folder, instead of the config's.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Tokenize again.")] = False,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train; --resume continues.
+
+    Validates everything before the first step, prints the plan, and writes only to output_dir.
+    """
+    settings = load(config, set_, output_dir=output_dir, no_cache=no_cache)
+    from lora_cli.report.console import Console
+    from lora_cli.train import train
+
+    with Console(quiet_stdout=as_json) as console:
+        summary = train(settings, resume=resume, emit=console.emit)
+    if as_json:
+        print_json(summary.as_json())
+
+
+def evaluate(
+    target: Target,
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Rows to evaluate on.")] = None,
+    generate: Annotated[bool, typer.Option("--generate", help="Generate answers as well.")] = False,
+    min_improvement: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Exit 3 if the loss falls by less.")
+    ] = None,
+    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 3 if the loss rises.")] = False,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Base and adapter side by side.
+
+    Scores the same rows with and without the adapter, with an interval for the difference.
+    """
+    from lora_cli.evaluate import evaluate
+    from lora_cli.report.console import Console, show
+    from lora_cli.report.screens import render_evaluation
+
+    with Console(quiet_stdout=True) as console:
+        result = evaluate(target, data=data, generate=generate, overrides=set_ or (), emit=console.emit)
+    if as_json:
+        print_json(result.as_json())
+    else:
+        show(render_evaluation(result))
+    wanted = min_improvement if min_improvement is not None else 0.0 if fail_if_worse else None
+    answer(wanted is None or result.improvement >= wanted, "the adapter is not better by what was asked")
+
+
+def generate(
+    target: Target,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="May be repeated.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(metavar="PATH", help="One prompt per line.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="Compare with this one. May be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Text from base and adapters.
+
+    The same prompts through the base and every adapter, for comparison.
+    """
+    from lora_cli.evaluate import generate, read_prompts
+    from lora_cli.report.console import show
+    from lora_cli.report.screens import render_outputs
+
+    outputs = generate(
+        target,
+        read_prompts(prompt or (), prompts_file),
+        adapters=adapter or (),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    if as_json:
+        print_json({"outputs": [asdict(output) for output in outputs]})
+    else:
+        show(render_outputs(outputs))
+
+
+def merge(
+    targets: Annotated[
+        list[str],
+        typer.Argument(metavar="TARGET", help="Run or adapter folders; DIR=WEIGHT combines several."),
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the model goes.")],
+    base: Annotated[
+        Literal["original", "quantized"] | None,
+        typer.Option(help="Merge into the weights as on the hub, or as trained."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the merged weights.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE")] = "5GB",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Streaming, verified merge.
+
+    Writes a model that needs no adapter, and compares it with base + adapter. Exits 3 if they differ.
+    """
+    from lora_cli.merge import merge
+    from lora_cli.report.console import Console, show
+    from lora_cli.report.screens import render_merge
+
+    with Console(quiet_stdout=True) as console:
+        result = merge(
+            targets,
+            output,
+            base=base,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=not no_verify,
+            emit=console.emit,
+        )
+    if as_json:
+        print_json(result.as_json())
+    else:
+        show(render_merge(result))
+    answer(result.verified is not False, "the merged model differs from base + adapter")

@@ -1,0 +1,200 @@
+"""CUDA's caching allocator, replayed: how much a stream of births and deaths reserves of the card.
+
+After `c10/cuda/CUDACachingAllocator.cpp` of PyTorch 2.13 with its default settings, one stream, no graphs. Sizes are
+rounded to 512 bytes. Up to 1 MiB comes from the small pool, in segments of 2 MiB; the rest from the large pool, in
+segments of 20 MiB, or from 10 MiB on in segments of its own size rounded up to 2 MiB. The best fit is the smallest free
+block that is large enough, the lowest address among equals; it is split if what remains is worth keeping. Neighbours
+that are both free merge. When the card is full, cached segments that are free as a whole are given back, and the
+request is tried once more.
+
+With `expandable_segments` each pool is one range that grows by pages of 2 MiB (small) or 20 MiB (large).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+MIN_BLOCK = 512
+SMALL_SIZE = 2**20
+SMALL_BUFFER = 2 * 2**20
+LARGE_BUFFER = 20 * 2**20
+MIN_LARGE_ALLOC = 10 * 2**20
+ROUND_LARGE = 2 * 2**20
+
+_SEGMENT_GAP = 2**44
+"""Segments lie this far apart in the replay's address space, so that they never touch."""
+
+
+class OutOfCard(Exception):
+    """The card is smaller than what is asked for, even with nothing cached."""
+
+
+@dataclass(slots=True)
+class _Block:
+    address: int
+    size: int
+    small: bool
+    free: bool
+    previous: _Block | None = None
+    next: _Block | None = None
+
+
+class CachingAllocator:
+    """One card's allocator."""
+
+    def __init__(self, capacity_bytes: int | None = None, *, expandable: bool = False) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.expandable = expandable
+        self.allocated_bytes = 0
+        self.reserved_bytes = 0
+        self.peak_allocated_bytes = 0
+        self.peak_reserved_bytes = 0
+        self._segments = 0
+        # Free blocks of each pool, sorted by size, then address.
+        self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        self._blocks: dict[int, _Block] = {}
+        self._tails: dict[bool, _Block | None] = {True: None, False: None}
+
+    def allocate(self, size_bytes: int) -> int:
+        """The address of a new block; 0 for an empty one.
+
+        Raises:
+            OutOfCard: the capacity doesn't hold it.
+        """
+        if size_bytes == 0:
+            return 0
+        size = max(MIN_BLOCK, -(-size_bytes // MIN_BLOCK) * MIN_BLOCK)
+        small = size <= SMALL_SIZE
+        block = self._best_fit(size, small) or self._new_segment(size, small)
+        block.free = False
+        if self._worth_splitting(block, size):
+            self._split(block, size)
+        self.allocated_bytes += block.size
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        return block.address
+
+    def free(self, address: int) -> None:
+        if address == 0:
+            return
+        block = self._blocks[address]
+        self.allocated_bytes -= block.size
+        block.free = True
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and neighbour.free:
+                self._remove(neighbour)
+                block = self._merge(block, neighbour)
+        insort(self._pools[block.small], (block.size, block.address))
+
+    def empty_cache(self) -> int:
+        """Give back what no block uses; the bytes given back."""
+        before = self.reserved_bytes
+        for small, pool in self._pools.items():
+            for size, address in list(pool):
+                block = self._blocks[address]
+                if self.expandable:
+                    self._unmap(block)
+                elif block.previous is None and block.next is None:
+                    pool.remove((size, address))
+                    del self._blocks[address]
+                    self.reserved_bytes -= size
+            assert all(self._blocks[address].small is small for _, address in pool)
+        return before - self.reserved_bytes
+
+    def reset_peaks(self) -> None:
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
+
+    def _best_fit(self, size: int, small: bool) -> _Block | None:
+        pool = self._pools[small]
+        index = bisect_left(pool, (size, 0))
+        if index == len(pool):
+            return None
+        _, address = pool.pop(index)
+        return self._blocks[address]
+
+    def _new_segment(self, size: int, small: bool) -> _Block:
+        if self.expandable:
+            return self._grow(size, small)
+        if small:
+            segment = SMALL_BUFFER
+        elif size < MIN_LARGE_ALLOC:
+            segment = LARGE_BUFFER
+        else:
+            segment = -(-size // ROUND_LARGE) * ROUND_LARGE
+        self._reserve(segment)
+        self._segments += 1
+        block = _Block(self._segments * _SEGMENT_GAP, segment, small, free=False)
+        self._blocks[block.address] = block
+        return block
+
+    def _grow(self, size: int, small: bool) -> _Block:
+        """Map more pages at the end of the pool's range, joined with a free block that ends there."""
+        page = SMALL_BUFFER if small else LARGE_BUFFER
+        tail = self._tails[small]
+        have = tail.size if tail is not None and tail.free else 0
+        pages = -(-(size - have) // page) * page
+        self._reserve(pages)
+        tail = self._tails[small]  # giving back the cache may have moved it
+        start = (2 if small else 1) * _SEGMENT_GAP if tail is None else tail.address + tail.size
+        block = _Block(start, pages, small, free=False, previous=tail)
+        self._blocks[start] = block
+        self._tails[small] = block
+        if tail is not None:
+            tail.next = block
+            if tail.free:
+                self._remove(tail)
+                block = self._merge(block, tail)
+        return block
+
+    def _unmap(self, block: _Block) -> None:
+        """Give back a free block at the end of a growing range; inner holes stay, as a simplification."""
+        if block.next is not None:
+            return
+        self._remove(block)
+        del self._blocks[block.address]
+        self.reserved_bytes -= block.size
+        self._tails[block.small] = block.previous
+        if block.previous is not None:
+            block.previous.next = None
+
+    def _reserve(self, segment: int) -> None:
+        if self.capacity_bytes is not None and self.reserved_bytes + segment > self.capacity_bytes:
+            self.empty_cache()
+            if self.reserved_bytes + segment > self.capacity_bytes:
+                raise OutOfCard
+        self.reserved_bytes += segment
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _worth_splitting(self, block: _Block, size: int) -> bool:
+        remaining = block.size - size
+        if block.small or self.expandable:
+            return remaining >= MIN_BLOCK
+        return remaining > SMALL_SIZE
+
+    def _split(self, block: _Block, size: int) -> None:
+        rest = _Block(block.address + size, block.size - size, block.small, True, previous=block, next=block.next)
+        if block.next is not None:
+            block.next.previous = rest
+        else:
+            self._tails[block.small] = rest
+        block.next = rest
+        block.size = size
+        self._blocks[rest.address] = rest
+        insort(self._pools[block.small], (rest.size, rest.address))
+
+    def _merge(self, one: _Block, other: _Block) -> _Block:
+        first, second = (one, other) if one.address < other.address else (other, one)
+        first.size += second.size
+        first.next = second.next
+        if second.next is not None:
+            second.next.previous = first
+        elif self._tails[first.small] is second:
+            self._tails[first.small] = first
+        first.free = True
+        del self._blocks[second.address]
+        return first
+
+    def _remove(self, block: _Block) -> None:
+        pool = self._pools[block.small]
+        del pool[bisect_left(pool, (block.size, block.address))]

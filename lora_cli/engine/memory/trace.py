@@ -1,0 +1,54 @@
+"""What a traced step leaves: each storage that lived, and the order in which they were born and died."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Birth:
+    """One storage, or one block of a kernel's own scratch memory."""
+
+    size_bytes: int
+    kind: str
+    """What it is for: `adapters`, `gradients`, `logits and loss`, ..."""
+    phase: str
+    """When it came: `load`, `forward`, `backward`, `update`."""
+    place: str
+    """The layer at work, such as `model.layers.31`; empty outside of layers."""
+    operator: str
+    """The ATen operator that made it."""
+
+
+@dataclass
+class Trace:
+    """Births and deaths in order."""
+
+    births: list[Birth] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    """`i + 1`: storage i is born; `-(i + 1)`: it dies."""
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    """Number of events at which something begins: `load`, `step 1`, `step 2`, a phase, `empty cache`."""
+
+    def mark(self, name: str) -> None:
+        self.marks.append((len(self.events), name))
+
+    def allocate(self, birth: Birth) -> int:
+        """The number of the storage that is born."""
+        self.births.append(birth)
+        self.events.append(len(self.births))
+        return len(self.births) - 1
+
+    def free(self, number: int) -> None:
+        self.events.append(-(number + 1))
+
+    def alive_after(self, count: int) -> Iterator[int]:
+        """Storages alive after the first `count` events."""
+        alive: dict[int, None] = {}
+        for event in self.events[:count]:
+            if event > 0:
+                alive[event - 1] = None
+            else:
+                alive.pop(-event - 1, None)
+        yield from alive

@@ -1,0 +1,140 @@
+"""The base, loaded once and quantized as trained, and adapters put on it and taken off again.
+
+Knows how a target becomes a model on a device; knows nothing about rows or figures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_cli.config import Config
+from lora_cli.engine.assembly import causal_lm, leave_casting_to_autocast, load_model, make_computation
+from lora_cli.engine.computation import Computation
+from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
+from lora_cli.engine.selftest import prove
+from lora_cli.errors import ModelError
+from lora_cli.evaluate.target import Target
+from lora_cli.model.adapter import check_adapter_folder
+from lora_cli.model.architecture import read_architecture
+from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
+from lora_cli.model.weights import describe_quantization
+from lora_cli.report.events import Emit, Warned, Working
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What turns rows into tokens for a target: known before any weight is read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: frozenset[int]
+    position_limit: int | None
+    """Tokens that the model has positions for, where config.json says."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base on its device, and how it is run."""
+
+    base: PreTrainedModel
+    computation: Computation
+    device: torch.device
+    micro_batch_tokens: int
+    precision: str
+
+    @contextmanager
+    def adapted(self, adapter: Path) -> Iterator[PreTrainedModel]:
+        """The model with this adapter on it; afterwards the base is as it was."""
+        model = _attach(self.base, adapter)
+        if self.computation.dtype != torch.float32:
+            leave_casting_to_autocast(model)
+        try:
+            yield causal_lm(model)
+        finally:
+            model.unload()
+
+
+def read_target(target: Target) -> Reader:
+    """The tokenizer that the adapter was trained with, and the tokens that end a turn.
+
+    Raises:
+        ModelError: no tokenizer, or one that reaches past the model's embeddings.
+    """
+    model = target.config.model
+    architecture = read_architecture(model)
+    own = target.bare and (target.adapter / "tokenizer_config.json").is_file()
+    from_adapter = model.model_copy(update={"name_or_path": str(target.adapter), "revision": None})
+    tokenizer = load_tokenizer(from_adapter if own else model)
+    check_vocabulary(tokenizer, architecture, model)
+    limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    return Reader(
+        tokenizer, stop_tokens(tokenizer, architecture, model), limit if isinstance(limit, int) else None
+    )
+
+
+def load_target(config: Config, reader: Reader, emit: Emit) -> Loaded:
+    """The base of a config with its weights, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    architecture = read_architecture(config.model)
+    emit(Working("proving packing and loss"))
+    proof = prove(
+        architecture,
+        config.adapter,
+        attn_implementation=config.model.attn_implementation,
+        wanted_loss=config.train.loss,
+    )
+    for note in proof.notes:
+        emit(Warned(note))
+    computation = make_computation(config, proof, device)
+    emit(Working("loading weights"))
+    base = load_model(config, architecture, computation, device)
+    if config.model.resize_embeddings and len(reader.tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(len(reader.tokenizer))
+    computation.prepare(base)
+    asked = config.train.micro_batch_tokens
+    tokens = AUTO_MICRO_BATCH_TOKENS[device.type] if asked == "auto" else asked
+    dtype = str(computation.dtype).removeprefix("torch.")
+    return Loaded(base.eval(), computation, device, tokens, describe_quantization(config.model.quantization) or dtype)
+
+
+def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter in `folder` on `base`.
+
+    Raises:
+        ModelError: it belongs to another base: PEFT would leave what doesn't match at random, or out.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    check_adapter_folder(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ModelError(
+            f"{folder.absolute()} doesn't fit its base: {str(error).strip().splitlines()[0]}",
+            remedy="The adapter was trained on another model; adapter_config.json names its base.",
+        ) from error
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    strange = sorted(expected ^ saved, key=lambda name: ("lora_" not in name, name))
+    if strange and "lora_" in strange[0]:
+        where = "the file lacks" if strange[0] in expected else "the base has no place for"
+        model.unload()
+        raise ModelError(
+            f"{folder.absolute()} doesn't fit its base: {where} {strange[0]}",
+            remedy="The adapter was trained on another model; adapter_config.json names its base.",
+        )
+    return model

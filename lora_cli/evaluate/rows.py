@@ -1,0 +1,155 @@
+"""The rows to evaluate on: the run's held-out ones or those of another source, and which of them were trained on.
+
+Knows data; knows nothing about models or figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.config import Config, DataConfig, Source
+from lora_cli.data.examples import Examples, PickedPlaces
+from lora_cli.data.loading import load_examples
+from lora_cli.data.order import shuffled
+from lora_cli.errors import DataError, UserError
+from lora_cli.evaluate.models import Reader
+from lora_cli.evaluate.target import Target
+from lora_cli.report.events import Emit, Working
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """What both models are judged on."""
+
+    name: str
+    """A source, `validation` or `train`."""
+    examples: Examples
+    supervised_bytes: NDArray[np.float64]
+    """[N], UTF-8 bytes of each row's supervised text, stop tokens left out"""
+    warnings: tuple[str, ...]
+
+
+def load_rows(
+    target: Target, reader: Reader, data: str | None, *, limit: int | None, emit: Emit
+) -> EvaluationRows:
+    """The rows of `data`, or else the run's validation rows, or else, with a warning, its training rows.
+
+    Args:
+        limit: at most so many rows, drawn by the run's seed.
+
+    Raises:
+        DataError: a source or a row that can't be used.
+        UserError: there is no source.
+    """
+    config = target.config
+    seed = config.train.seed
+
+    def load(data: DataConfig) -> tuple[Examples, Examples | None]:
+        return load_examples(
+            data,
+            reader.tokenizer,
+            reader.stop_token_ids,
+            seed=seed,
+            progress=lambda what, done, total: emit(Working(what, done, total, "rows")),
+        )
+
+    if data is None and target.bare:
+        raise UserError(f"{target.name} is an adapter without its run", remedy="Name rows with --data.")
+    warnings: tuple[str, ...] = ()
+    if data is not None:
+        name = data
+        own = _limited_to_positions(config.data, reader) if target.bare else config.data
+        examples, _ = load(own.model_copy(update={"train": (Source(path=data),), "validation": None}))
+        if not target.bare:
+            warnings = _overlap(examples, config, load)
+    else:
+        train, validation = load(config.data)
+        name, examples = ("train", train) if validation is None else ("validation", validation)
+        if validation is None:
+            warnings = (
+                "the run holds no rows out: these are the rows that it was trained on, which says little about "
+                "others. Name rows with --data",
+            )
+        else:
+            warnings = tuple(text for text in validation.account.warnings if "also in train" in text)
+    if limit is not None and limit < len(examples):
+        examples = _pick(examples, np.sort(shuffled(len(examples), seed)[:limit]))
+    return EvaluationRows(name, examples, supervised_bytes(examples, reader.tokenizer), warnings)
+
+
+def rows_name(name: str) -> str:
+    """`test` for `data/test.jsonl`: what the folder of an evaluation is called."""
+    stem = Path(name).name.split(".")[0] or "rows"
+    return "".join(character if character.isalnum() or character in "-_" else "-" for character in stem)
+
+
+def supervised_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float64]:
+    """UTF-8 bytes of the text that each row's supervised tokens spell, control tokens left out."""
+    sizes = np.zeros(len(examples))
+    for index in range(len(examples)):
+        example = examples.example(index)
+        for start, stop in supervised_runs(example.trained):
+            text = str(tokenizer.decode(example.input_ids[start:stop], skip_special_tokens=True))
+            sizes[index] += len(text.encode("utf-8"))
+    return sizes
+
+
+def supervised_runs(trained: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Half-open ranges of consecutive trained tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], trained, [False]]).astype(np.int8)))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def _overlap(examples: Examples, config: Config, load: object) -> tuple[str, ...]:
+    """A warning where rows were trained on; another where the training rows are gone."""
+    assert callable(load)
+    try:
+        train: Examples = load(config.data)[0]
+    except DataError as error:
+        return (f"can't tell whether these rows were trained on: {error.message}",)
+    trained_on = _hashes(train)
+    seen = [index for index, found in enumerate(_hashes(examples)) if found in set(trained_on)]
+    if not seen:
+        return ()
+    return (
+        f"{len(seen):,} of {len(examples):,} rows were trained on; the first is {examples.places[seen[0]]}",
+    )
+
+
+def _hashes(examples: Examples) -> list[bytes]:
+    return [
+        hashlib.blake2b(examples.example(index).input_ids.tobytes(), digest_size=16).digest()
+        for index in range(len(examples))
+    ]
+
+
+def _limited_to_positions(data: DataConfig, reader: Reader) -> DataConfig:
+    """Without a run's config the length limit is the default; a short model's positions may be fewer."""
+    if reader.position_limit is None:
+        return data
+    return data.model_copy(update={"max_length": min(data.max_length, reader.position_limit)})
+
+
+def _pick(examples: Examples, chosen: Sequence[int] | NDArray[np.int64]) -> Examples:
+    chosen = np.asarray(chosen, dtype=np.int64)
+    parts = [examples.example(int(index)) for index in chosen]
+    lengths = [len(part.input_ids) for part in parts]
+    return Examples(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        trained=np.concatenate([part.trained for part in parts]),
+        offsets=np.cumsum([0, *lengths]),
+        places=PickedPlaces([examples.places], chosen),
+        account=examples.account,
+        fingerprint=examples.fingerprint,
+        truncated=np.flatnonzero(np.isin(chosen, examples.truncated)),
+    )

@@ -1,0 +1,102 @@
+"""Figures over rows, and how sure they are: paired bootstrap intervals and the sign test.
+
+A figure is a ratio of sums over rows (nats per token, right tokens per token), so a draw of rows with replacement
+gives another figure. Base and adapter are always drawn together. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.report.comparison import Measure
+
+CONFIDENCE = 0.95
+DRAWS = 4000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure as it is made of rows: sum of `base` (or of `adapter`) over sum of `per`, then `scale`."""
+
+    name: str
+    base: Floats
+    """[N], one number per row"""
+    adapter: Floats
+    per: Floats
+    scale: Callable[[Floats], Floats] = lambda ratio: ratio
+
+
+def compare(ratios: list[Ratio], *, seed: int, draws: int = DRAWS) -> tuple[Measure, ...]:
+    """Every figure of base and adapter, with the interval of its difference. All have the same rows."""
+    columns = [column for ratio in ratios for column in (ratio.base, ratio.adapter, ratio.per)]
+    values_NK = np.stack(columns, axis=1).astype(np.float64)
+    rows = len(values_NK)
+    sums_BK = np.concatenate([values_NK.sum(axis=0)[None], resampled_sums(values_NK, draws, seed)])
+    measures = []
+    for number, ratio in enumerate(ratios):
+        base_B, adapter_B, per_B = sums_BK[:, 3 * number : 3 * number + 3].T
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            base_B, adapter_B = ratio.scale(base_B / per_B), ratio.scale(adapter_B / per_B)
+            difference_B = adapter_B - base_B
+        low, high = interval(difference_B[1:], rows)
+        measures.append(
+            Measure(ratio.name, float(base_B[0]), float(adapter_B[0]), float(difference_B[0]), low, high)
+        )
+    return tuple(measures)
+
+
+def resampled_sums(values_NK: Floats, draws: int, seed: int) -> Floats:
+    """[draws, K]: column sums over N rows drawn with replacement, the same rows for all columns of a draw."""
+    rows = len(values_NK)
+    random = np.random.Generator(np.random.PCG64(seed))
+    sums_BK = np.empty((draws, values_NK.shape[1]))
+    for draw in range(draws):
+        times_N = np.bincount(random.integers(0, rows, rows), minlength=rows)
+        sums_BK[draw] = times_N @ values_NK
+    return sums_BK
+
+
+def interval(draws_B: Floats, rows: int, confidence: float = CONFIDENCE) -> tuple[float | None, float | None]:
+    """The percentile interval, widened for few rows.
+
+    A plain percentile interval is too narrow by the factor between the normal and Student's distribution, and
+    by that between dividing by N and by N - 1. Its tails are moved out accordingly (Hesterberg 2015, "expanded
+    percentile"), which brings coverage back to what is claimed.
+    """
+    finite = draws_B[np.isfinite(draws_B)]
+    if rows < 2 or len(finite) == 0:
+        return None, None
+    deviations = student_quantile((1 + confidence) / 2, rows - 1) * math.sqrt(rows / (rows - 1))
+    tail = NormalDist().cdf(-deviations)
+    low, high = np.quantile(finite, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """Student's t quantile by its expansion around the normal one; 0.1 % off at 5 degrees of freedom."""
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        z,
+        (z**3 + z) / (4 * freedom),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3),
+    )
+    return sum(terms)
+
+
+def sign_test(better: int, worse: int) -> float:
+    """The two-sided p-value of a split this uneven or more, if better and worse were equally likely."""
+    count, fewer = better + worse, min(better, worse)
+    if count == 0:
+        return 1.0
+    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
+    tail = math.fsum(math.exp(log - count * math.log(2)) for log in logs)
+    return min(1.0, 2 * tail)

@@ -1,0 +1,328 @@
+"""Which tokens are trained, on the chat templates of well-known families.
+
+The oracle knows nothing of how spans are derived: it looks the contents up in the template's own rendering, as
+they are words that occur once, and goes through the characters of every token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tests.unit.data.conftest import WriteRows, config, tokenizer_of
+from tests.unit.data.templates import BY_NAME, STYLES, Style
+
+from lora_cli.data.preview import ExamplePreview, preview_examples
+from lora_cli.errors import DataError
+
+TURNS = [
+    {"role": "user", "content": "First ask: what is 2 + 2?"},
+    {"role": "assistant", "content": "Four, said `add(2, 2)`:\n\n    return 4  # Grüße 🙂"},
+    {"role": "user", "content": "Second ask, in 東京?"},
+    {"role": "assistant", "content": "Ünknown \n\n\nand plainly so."},
+    {"role": "user", "content": "Third ask!"},
+    {"role": "assistant", "content": "Done"},
+]
+SYSTEM = {"role": "system", "content": "Obey the rules of the house."}
+
+
+def previews(path: Path, style: Style, kind: str = "bytes", **fields: Any) -> tuple[ExamplePreview, ...]:
+    tokenizer, stops = tokenizer_of(style, kind=kind)
+    return preview_examples(config(path, **fields), tokenizer, stops, count=100)
+
+
+def expected_flags(
+    style: Style, kind: str, messages: list[dict[str, str]], trained: set[int]
+) -> list[int | None]:
+    """1, 0 or None (white space, free) for each token of the template's own rendering."""
+    tokenizer, stops = tokenizer_of(style, kind=kind)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = {index: _find(text, message["content"].strip()) for index, message in enumerate(messages)}
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    flags: list[int | None] = []
+    for start, end in encoded["offset_mapping"]:
+        chars = [at for at in range(start, end) if not text[at].isspace()]
+        own = any(a <= at < b for at in chars for i, (a, b) in spans.items() if i in trained)
+        foreign = any(a <= at < b for at in chars for i, (a, b) in spans.items() if i not in trained)
+        flags.append(None if not chars else int(own and not foreign))
+    for index in trained:
+        after = next(
+            (at for at, (start, _) in enumerate(encoded["offset_mapping"])
+             if start >= spans[index][1] and flags[at] is not None), None
+        )  # fmt: skip
+        if after is not None and encoded["input_ids"][after] in stops:
+            flags[after] = 1
+    flags[0] = 0
+    return flags
+
+
+def _find(text: str, content: str) -> tuple[int, int]:
+    assert text.count(content) == 1
+    start = text.index(content)
+    return start, start + len(content)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_mask_agrees_with_the_oracle(write_rows: WriteRows, style: Style, system: bool, kind: str) -> None:
+    messages = [SYSTEM, *TURNS] if system else TURNS
+    path = write_rows({"messages": messages})
+    if system and style.name == "mistral-v3":
+        pytest.skip(
+            "a conversation that ends with an answer has no system prompt in it: a test of its own, below"
+        )
+    if system and not style.system:
+        with pytest.raises(DataError, match=r"train.jsonl:1: the chat template refuses"):
+            previews(path, style, kind)
+        return
+    got = previews(path, style, kind)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    wholes = (
+        [(messages[: index + 1], {index}) for index in answers]
+        if style.rewrites
+        else [(messages, set(answers))]
+    )
+    assert len(got) == len(wholes)
+    tokenizer, stops = tokenizer_of(style, kind=kind)
+    for example, (part, trained) in zip(got, wholes, strict=True):
+        text = tokenizer.apply_chat_template(part, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # GLM's last turn ends without a stop token; one is appended.
+        assert list(example.input_ids[: len(ids)]) == ids
+        appended = example.input_ids[len(ids) :]
+        assert (len(appended) == 1 and appended[0] in stops) if style.name == "glm4" else not appended
+        wanted = expected_flags(style, kind, part, trained) + [1] * len(appended)
+        differing = [
+            (token, flag, want)
+            for token, flag, want in zip(example.tokens, example.trained, wanted, strict=True)
+            if want is not None and flag != want
+        ]
+        assert differing == []
+        last_trained = max(at for at, flag in enumerate(example.trained) if flag)
+        assert example.input_ids[last_trained] in stops
+
+
+def test_every_style_was_tried() -> None:
+    assert len({style.name for style in STYLES}) >= 15
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def trained_text(example: ExamplePreview, style: Style) -> str:
+    tokenizer, _ = tokenizer_of(style)
+    ids = [number for number, flag in zip(example.input_ids, example.trained, strict=True) if flag]
+    return _squeezed(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def turn_end(style: Style) -> str:
+    """How a turn ends, as the published definitions say."""
+    return {"glm4": "<|user|>", "phi3": "<|end|>", "llama3": "<|eot_id|>", "gemma2": "<end_of_turn>"}.get(
+        style.name, style.stops[0]
+    )
+
+
+contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(style=st.sampled_from(STYLES), data=st.data())
+def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data: st.DataObject) -> None:
+    """Unicode, white space, empty and long turns, and text that spells control tokens."""
+    import json
+
+    spelled = st.sampled_from(style.specials)
+    content = st.one_of(
+        contents, st.tuples(contents, spelled, contents).map("".join), contents.map(lambda t: t * 50)
+    )
+    messages = (
+        [{"role": "system", "content": data.draw(content)}]
+        if style.system and data.draw(st.booleans())
+        else []
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": data.draw(content)})
+        messages.append({"role": "assistant", "content": data.draw(content)})
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assume(any(answer.strip() for answer in answers))
+    path = tmp_path / "random.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    try:
+        got = previews(path, style, max_length=100_000)
+    except (
+        DataError
+    ) as error:  # where a template trims around a content, what the content spells can't be told
+        assert "can't be kept as text" in error.message
+        assert style.name in ("llama2", "mistral-v3")
+        return
+    wanted = [_squeezed(answer + turn_end(style)) for answer in answers]
+    found = [trained_text(example, style) for example in got]
+    split = style.rewrites or (style.name == "mistral-v3" and messages[0]["role"] == "system")
+    assert found == (wanted if split else ["".join(wanted)])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral-v3", "llama2", "glm4"])
+def test_control_tokens_spelled_in_the_data_stay_text(write_rows: WriteRows, name: str, kind: str) -> None:
+    style = BY_NAME[name]
+    spelled = " ".join(style.specials)
+    messages = [
+        {"role": "user", "content": f"Why {spelled}?"},
+        {"role": "assistant", "content": f"So {spelled}!"},
+    ]
+    plain = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So!"}]
+    with_spelled, without = previews(write_rows({"messages": messages}, {"messages": plain}), style, kind)
+    tokenizer, _ = tokenizer_of(style, kind=kind)
+    controls = set(tokenizer.convert_tokens_to_ids(list(style.specials)))
+    assert [i for i in with_spelled.input_ids if i in controls] == [
+        i for i in without.input_ids if i in controls
+    ]
+    assert style.specials[0] in with_spelled.text
+
+
+def test_thinking_is_stripped_from_earlier_turns_and_trained_in_its_own(write_rows: WriteRows) -> None:
+    messages = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Uno", "reasoning_content": "Spanish asked"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "<think>\nalso Spanish\n</think>\n\nDos"},
+    ]
+    style = BY_NAME["qwen3"]
+    first, second = previews(write_rows({"messages": messages}), style)
+    assert trained_text(first, style) == "<think>Spanishasked</think>Uno<|im_end|>"
+    assert trained_text(second, style) == "<think>alsoSpanish</think>Dos<|im_end|>"
+    assert "Spanish asked" not in second.text
+    assert "Uno<|im_end|>" in second.text
+
+
+def test_an_empty_thinking_block_is_header(write_rows: WriteRows) -> None:
+    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Uno"}]
+    style = BY_NAME["qwen3"]
+    (example,) = previews(write_rows({"messages": messages}), style)
+    assert "<think>" in example.text
+    assert trained_text(example, style) == "Uno<|im_end|>"
+
+
+def test_thinking_that_a_template_leaves_out_is_refused(write_rows: WriteRows) -> None:
+    turn = {"role": "assistant", "content": "Uno", "reasoning_content": "Spanish asked"}
+    path = write_rows({"messages": [{"role": "user", "content": "One?"}, turn]})
+    with pytest.raises(
+        DataError, match=r"train.jsonl:1: messages\[1\].reasoning_content: the chat template leaves"
+    ):
+        previews(path, BY_NAME["llama3"])
+
+
+def test_a_template_that_cuts_the_content_is_refused(write_rows: WriteRows) -> None:
+    turn = {"role": "assistant", "content": "<think>\nhm\n</think>Uno"}
+    path = write_rows({"messages": [{"role": "user", "content": "One?"}, turn]})
+    with pytest.raises(DataError, match=r"train.jsonl:1: messages\[1\]: can't tell"):
+        previews(path, BY_NAME["deepseek-r1"])
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+TOOL_TURNS = [
+    {"role": "user", "content": "Rain in Bern?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "dry"},
+    {"role": "assistant", "content": "No rain."},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (
+            "qwen2.5",
+            [
+                '<tool_call>{"name":"weather","arguments":{"city":"Bern"}}</tool_call><|im_end|>Norain.<|im_end|>'
+            ],
+        ),
+        ("mistral-v3", ['[TOOL_CALLS][{"name":"weather","arguments":{"city":"Bern"}}]</s>Norain.</s>']),
+        ("glm4", ['weather{"city":"Bern"}<|observation|>Norain.<|user|>']),
+    ],
+)
+def test_tool_calls_are_trained_and_results_are_not(
+    write_rows: WriteRows, name: str, wanted: list[str]
+) -> None:
+    style = BY_NAME[name]
+    got = previews(write_rows({"messages": TOOL_TURNS, "tools": [TOOL]}), style)
+    assert [trained_text(example, style) for example in got] == wanted
+
+
+def test_a_system_prompt_that_moves_gives_one_example_per_turn(write_rows: WriteRows) -> None:
+    """Mistral v3 writes tools and system prompt before the last user turn, wherever that is at the time."""
+    style = BY_NAME["mistral-v3"]
+    got = previews(write_rows({"messages": TURNS[:4], "tools": [TOOL]}), style)
+    assert len(got) == 2
+    assert [example.text.count("[AVAILABLE_TOOLS]") for example in got] == [1, 1]
+
+
+def test_a_call_that_a_template_leaves_out_is_refused(write_rows: WriteRows) -> None:
+    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "content": "Let me look."}]
+    with pytest.raises(
+        DataError, match=r"train.jsonl:1: messages\[1\].tool_calls: the chat template leaves it out"
+    ):
+        previews(write_rows({"messages": turns}), BY_NAME["command-r"])
+
+
+def test_a_system_prompt_is_where_generation_has_it(write_rows: WriteRows) -> None:
+    """Mistral v3 leaves the system prompt out of every conversation that ends with an answer."""
+    style = BY_NAME["mistral-v3"]
+    messages = [SYSTEM, *TURNS[:4]]
+    tokenizer, _ = tokenizer_of(style)
+    first, second = previews(write_rows({"messages": messages}), style)
+    for example, up_to in ((first, 2), (second, 4)):
+        prompt = tokenizer.apply_chat_template(messages[:up_to], tokenize=False, add_generation_prompt=True)
+        assert example.text.startswith(prompt)
+        assert SYSTEM["content"] in prompt
+    assert trained_text(second, style) == _squeezed(TURNS[3]["content"] + "</s>")
+
+
+def test_turns_can_be_left_out_of_training(write_rows: WriteRows) -> None:
+    messages = [dict(turn) for turn in TURNS]
+    messages[1]["train"] = False  # type: ignore[assignment]
+    style = BY_NAME["chatml"]
+    (example,) = previews(write_rows({"messages": messages}), style)
+    assert trained_text(example, style) == _squeezed("Ünknown and plainly so.<|im_end|>Done<|im_end|>")
+    assert "Four" in example.text
+
+
+def test_a_pad_token_equal_to_eos_does_not_untrain_it(write_rows: WriteRows) -> None:
+    style = BY_NAME["chatml"]
+    tokenizer, stops = tokenizer_of(style)
+    tokenizer.pad_token = tokenizer.eos_token
+    (example,) = preview_examples(config(write_rows({"messages": TURNS})), tokenizer, stops, count=1)
+    ends = [flag for number, flag in zip(example.input_ids, example.trained, strict=True) if number in stops]
+    assert ends == [0, 1] * 3
+
+
+def test_a_turn_end_that_is_no_stop_token_is_trained_and_noted(write_rows: WriteRows) -> None:
+    """A base model whose only stop token is <|endoftext|>, with a ChatML template."""
+    style = BY_NAME["chatml"]
+    tokenizer, _ = tokenizer_of(style)
+    stops = frozenset({tokenizer.convert_tokens_to_ids("<|endoftext|>")})
+    (example,) = preview_examples(config(write_rows({"messages": TURNS[:2]})), tokenizer, stops, count=1)
+    assert trained_text(example, style).endswith("<|im_end|>")
+    assert any("none of the model's stop tokens" in note for note in example.notes)
+
+
+def test_train_on_all(write_rows: WriteRows) -> None:
+    (example,) = previews(write_rows({"messages": TURNS}), BY_NAME["qwen3"], train_on="all")
+    assert example.trained == (0, *[1] * (len(example.input_ids) - 1))
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "gemma2", "mistral-v1"])
+def test_no_doubled_bos(write_rows: WriteRows, name: str) -> None:
+    style = BY_NAME[name]
+    (example,) = previews(write_rows({"messages": TURNS[:2]}), style)
+    tokenizer, _ = tokenizer_of(style)
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
