@@ -97,7 +97,7 @@ def _unknown(path: Path_, document: Document, allowed: Allowed) -> Problem:
 
 
 def _meant(key: str, section: Path_, allowed: Allowed) -> str:
-    """The key that was probably meant: of this section, of another tool, of another section, or a typo of those."""
+    """The key that was probably meant: here, in another tool, in another section, or a typo of those."""
     siblings = allowed.keys(section)
     match = near(key, siblings)
     if match is not None and (match.lower() == key.lower() or our_name(key) is None):

@@ -94,7 +94,7 @@ class AdapterConfig(Section):
     """Dropout before the adapter. Above 0, results depend on how examples are packed."""
 
     target_modules: Text | ListOf[Text] | None = "all-linear"
-    """Modules that get one: all-linear, a list of names, or a regular expression. It matches full names."""
+    """Modules that get one: all-linear, names, or a regular expression. It matches full names."""
 
     exclude_modules: Text | ListOf[Text] | None = None
     """Modules left out, as a list of names or a regular expression."""

@@ -86,9 +86,7 @@ def refuse_nothing(name: str, sources: Sequence[SourceTally]) -> None:
     for source in sources:
         for reason, numbers in source.tally.dropped.items():
             first = ", ".join(source.place(number) for number in numbers[:3])
-            reasons.append(
-                f"{len(numbers):,} dropped, {reason}: {first}{', ...' if len(numbers) > 3 else ''}"
-            )
+            reasons.append(f"{len(numbers):,} dropped, {reason}: {first}{', ...' if len(numbers) > 3 else ''}")
     rows = sum(source.tally.rows for source in sources)
     if rows == 0:
         raise DataError(f"{name}: there are no rows")
@@ -117,9 +115,7 @@ def _warnings(sources: Sequence[SourceTally], max_length: int, tokens: int, supe
         found.append(f"only {100.0 * supervised / tokens:.2f} % of the tokens are trained")
     spelled = [source.place(number) for source in sources for number in source.tally.spelled_controls]
     if spelled:
-        found.append(
-            f"{len(spelled):,} rows spell control tokens, kept as plain text; the first is {spelled[0]}"
-        )
+        found.append(f"{len(spelled):,} rows spell control tokens, kept as plain text; the first is {spelled[0]}")
     notes = {text: None for tally in tallies for text in tally.notes.values()}
     return found + list(notes)
 

@@ -62,9 +62,7 @@ class Encoder:
         # calls.
         self._backend.no_truncation()
         self._backend.no_padding()
-        errors = {
-            index: error for index, text in enumerate(texts) if (error := _unencodable(text)) is not None
-        }
+        errors = {index: error for index, text in enumerate(texts) if (error := _unencodable(text)) is not None}
         good = [text for index, text in enumerate(texts) if index not in errors]
         tokens: list[_Tokens | DataError] = []
         spelled = [self._spelled_controls(text) for text in good]
@@ -106,7 +104,7 @@ class Encoder:
         )
 
     def _pieces(self, text: MarkedText) -> tuple[_Tokens, int]:
-        """The tokens between the template's own control tokens, with these by their ids; and how many of these."""
+        """The tokens, cut at the template's own control tokens, which go by their ids; and how many of these."""
         ids: list[int] = []
         offsets: list[Span] = []
         position = 0
@@ -167,9 +165,7 @@ def _flagged(encoded: Sequence[tuple[MarkedText, _Tokens]]) -> Iterator[Example]
         everything = text.trained == ((0, len(text.text)),)
         tail = [] if text.append is None else [text.append]
         ids = np.array([*text.before, *tokens.ids, *tail], dtype=np.int32)
-        trained = np.concatenate(
-            [np.full(len(text.before), everything), own, np.ones(len(tail), dtype=np.bool_)]
-        )
+        trained = np.concatenate([np.full(len(text.before), everything), own, np.ones(len(tail), dtype=np.bool_)])
         trained[:1] = False
         yield Example(ids, trained)
 

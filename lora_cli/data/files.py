@@ -98,15 +98,11 @@ class JsonLines(File):
         return sum(1 for line in raw_lines(self.path) if line.strip())
 
     def _broken(self, number: int, line: str, error: Exception) -> DataError:
-        what = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        )
+        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         half = not line.endswith("\n")
         return DataError(
             f"{self.place(number)}: broken JSON: {what}" + (" of the last line" if half else ""),
-            remedy="The line has no end: the file may be half-written."
-            if half
-            else f"The line: {_shortened(line)}",
+            remedy="The line has no end: the file may be half-written." if half else f"The line: {_shortened(line)}",
         )
 
 
@@ -167,14 +163,12 @@ class Csv(File):
                     yield number, self._named(number, header, fields)
                 number = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(
-                f"{self.place(number)}: broken CSV: {error}", remedy="A quote may be left open."
-            ) from error
+            raise DataError(f"{self.place(number)}: broken CSV: {error}", remedy="A quote may be left open.") from error
 
     def _named(self, number: int, header: list[str], fields: list[str]) -> Row:
         if len(fields) != len(header):
             raise DataError(
-                f"{self.place(number)}: {len(fields)} fields, the header has {len(header)}: {', '.join(header)}",
+                f"{self.place(number)}: {len(fields)} fields, the header {len(header)}: {', '.join(header)}",
                 remedy='A field that holds a comma or a newline must stand in "quotes".',
             )
         return dict(zip(header, fields, strict=True))
@@ -234,8 +228,8 @@ def open_file(path: Path) -> File:
         case suffix:
             raise DataError(
                 f"{path}: no reader for {suffix or 'a file without an ending'}",
-                remedy="Readable are .jsonl, .json, .csv and .tsv (also as .gz, .bz2, .xz, .zst), .parquet, and\n"
-                "folders saved by datasets.",
+                remedy="Readable are .jsonl, .json, .csv and .tsv (also as .gz, .bz2, .xz, .zst), .parquet,\n"
+                "and folders saved by datasets.",
             )
 
 

@@ -116,9 +116,7 @@ class RowReader:
             case "instruction":
                 instruction, output = (self._string(place, row, name) for name in ("instruction", "output"))
                 extra = self._value(row, "input")
-                return Completion(
-                    instruction, output, True, "" if extra is None else self._string(place, row, "input")
-                )
+                return Completion(instruction, output, True, "" if extra is None else self._string(place, row, "input"))
             case "prompt_completion":
                 return self._prompt_completion(place, row)
             case "chat":
@@ -183,11 +181,7 @@ class RowReader:
                     f"{place}: {field}.from is {_shown(speaker)}, an unknown speaker",
                     remedy=f"Known are {', '.join(_SHAREGPT_ROLES)}.",
                 )
-            message = (
-                {"role": role, **message}
-                if content is None
-                else {"role": role, "content": content, **message}
-            )
+            message = {"role": role, **message} if content is None else {"role": role, "content": content, **message}
             content_name = "value"
         else:
             content_name = "content"
@@ -219,9 +213,7 @@ class RowReader:
     def _string(self, place: str, row: Row, column: str) -> str:
         value = self._present(place, row, column)
         if not isinstance(value, str):
-            raise DataError(
-                f"{place}: {self._theirs(column)} is {_shown(value)}", remedy="It must be a string."
-            )
+            raise DataError(f"{place}: {self._theirs(column)} is {_shown(value)}", remedy="It must be a string.")
         return value
 
     def _present(self, place: str, row: Row, column: str) -> object:
@@ -245,15 +237,11 @@ def find_format(place: str, row: Row, columns: Mapping[str, str]) -> RowFormat:
     Raises:
         DataError: it has those of none.
     """
-    present = {
-        ours for names in FORMATS.values() for one in names for ours in one if columns.get(ours, ours) in row
-    }
+    present = {ours for names in FORMATS.values() for one in names for ours in one if columns.get(ours, ours) in row}
     for found, choices in FORMATS.items():
         if any(needed <= present for needed in choices):
             return found
-    needs = "; ".join(
-        f"{name}: {' or '.join(', '.join(sorted(c)) for c in cs)}" for name, cs in FORMATS.items()
-    )
+    needs = "; ".join(f"{name}: {' or '.join(', '.join(sorted(c)) for c in cs)}" for name, cs in FORMATS.items())
     raise DataError(
         f"{place}: the columns fit no format: {', '.join(row) or 'there are none'}",
         remedy=f"Formats need these columns: {needs}.\nOther names: data.columns, as {{text: body}}.",

@@ -163,9 +163,7 @@ class _Loader:
         self._cache = Cache(cache_folder()) if data.cache else None
         self._tokenizer_key = tokenizer_fingerprint(tokenizer) if data.cache else ""
 
-    def parts(
-        self, sources: Sequence[OpenSource], wanted: Sequence[NDArray[np.bool_]] | None = None
-    ) -> list[Part]:
+    def parts(self, sources: Sequence[OpenSource], wanted: Sequence[NDArray[np.bool_]] | None = None) -> list[Part]:
         flags: Sequence[NDArray[np.bool_] | None] = [None] * len(sources) if wanted is None else wanted
         return [self._part(source, one) for source, one in zip(sources, flags, strict=True)]
 
@@ -268,9 +266,7 @@ def _together(
     trained = [part.arrays["trained"] for part in parts]
     chosen = np.arange(sum(counts)) if picked is None else picked
     starts = np.cumsum([0, *counts])
-    cut = np.concatenate(
-        [start + part.arrays["truncated"] for start, part in zip(starts, parts, strict=False)]
-    )
+    cut = np.concatenate([start + part.arrays["truncated"] for start, part in zip(starts, parts, strict=False)])
     examples = Examples(
         input_ids=_gathered(ids, lengths, picked),  # type: ignore[arg-type]
         trained=_gathered(trained, lengths, picked),  # type: ignore[arg-type]

@@ -58,9 +58,7 @@ def _previews(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
 ) -> Iterator[ExamplePreview]:
     limits = Limits(data.max_length, data.overlong)
-    rows_to_examples = RowTokenizer(
-        tokenizer, stop_token_ids, limits=limits, everything=data.train_on == "all"
-    )
+    rows_to_examples = RowTokenizer(tokenizer, stop_token_ids, limits=limits, everything=data.train_on == "all")
     tallies = []
     for source in open_sources(data.train):
         reader = source.reader(data)
@@ -75,9 +73,7 @@ def _previews(
                     tally.dropped.setdefault(row.dropped, []).append(row.number)
                 for one in row.examples:
                     if one.dropped is None:
-                        yield _preview(
-                            source.place(row.number), one, tokenizer, stop_token_ids, rows_to_examples.notes
-                        )
+                        yield _preview(source.place(row.number), one, tokenizer, stop_token_ids, rows_to_examples.notes)
     refuse_nothing("data.train", tallies)
 
 
@@ -100,9 +96,7 @@ def _preview(
     )
 
 
-def _notes(
-    prepared: Prepared, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]
-) -> Iterator[str]:
+def _notes(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int]) -> Iterator[str]:
     ids, trained = prepared.example.input_ids, prepared.example.trained
     bos = tokenizer.bos_token_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:

@@ -61,16 +61,14 @@ def open_source(source: Source) -> Rows:
     if path.is_dir():
         return _open_saved(path, source.split)
     if path.is_absolute() or _FILE_ENDING.search(source.path) or not _HUB_ID.fullmatch(source.path):
-        raise DataError(
-            f"{path.absolute()}: no such file or folder", remedy="Named under `data` in the config."
-        )
+        raise DataError(f"{path.absolute()}: no such file or folder", remedy="Named under `data` in the config.")
     return _open_hub(source)
 
 
 def _open_saved(path: Path, split: str | None) -> Rows:
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise DataError(
-            f"{path}: a folder without state.json or dataset_dict.json, so datasets' save_to_disk didn't write it",
+            f"{path}: a folder without state.json or dataset_dict.json, which datasets would have saved",
             remedy="Name the data files in it instead; several make a list under `data.train`.",
         )
     from datasets import Dataset, DatasetDict, load_from_disk

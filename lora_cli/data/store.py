@@ -73,7 +73,5 @@ def map_arrays(folder: Path) -> Arrays:
     for name, dtype in DTYPES.items():
         path = folder / f"{name}.bin"
         # An empty file can't be mapped.
-        arrays[name] = (
-            np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
-        )
+        arrays[name] = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype=dtype)
     return arrays

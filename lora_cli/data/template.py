@@ -3,8 +3,7 @@
 Templates say nothing about spans, so they are derived, by rendering and comparing:
 
 - A turn with plain content is rendered twice, once with its content replaced by a word that is nowhere else.
-  What stands in the word's place is the content (but for white space at its ends), or the template changes
-  it.
+  What stands in its place is the content (but for white space at its ends), or the template changes it.
 - A turn with thinking or tool calls, and one whose content the template rearranges, is what follows the
   generation prompt: all of it is what the model has to produce.
 - The turn ends in the control token after its words: the model's stop token, if there is one (`Controls`).
@@ -103,9 +102,7 @@ class ChatTemplate:
                 remedy="Change the row, or give a template that takes it as data.chat_template.",
             ) from error
 
-    def renderings(
-        self, messages: Sequence[Message], trained: frozenset[int], tools: Tools
-    ) -> list[Rendering]:
+    def renderings(self, messages: Sequence[Message], trained: frozenset[int], tools: Tools) -> list[Rendering]:
         """The examples of a conversation: one, or one per trained turn where earlier turns are rewritten.
 
         Raises:
@@ -120,7 +117,7 @@ class ChatTemplate:
             append = turns[-1].append if order[-1] == last else None
             return [Rendering(len(messages), text, tuple(span for span in spans if span is not None), append)]
         self.notes["rewrites"] = (
-            "the chat template writes earlier turns otherwise than the last: such rows become one example a turn"
+            "the chat template writes earlier turns otherwise than the last: such rows become several examples"
         )
         return [
             Rendering(index + 1, turn.text, (turn.trained,), turn.append)
@@ -188,11 +185,7 @@ class ChatTemplate:
         stop = len(text) - len(after)
         if not found or _STAND_IN in after or not len(before) <= stop:
             return None
-        if (
-            text[: len(before)] != before
-            or text[stop:] != after
-            or text[len(before) : stop].strip() != content.strip()
-        ):
+        if text[: len(before)] != before or text[stop:] != after or text[len(before) : stop].strip() != content.strip():
             return None
         return len(before), stop
 
@@ -203,8 +196,8 @@ class ChatTemplate:
             raise DataError(
                 f"{field}: can't tell which rendered characters are the assistant's words: the chat template "
                 "changes the content, and the rendered turn doesn't begin with the generation prompt",
-                remedy="Give the content without thinking tags (thinking has its own key, reasoning_content), or\n"
-                "give a template that renders all of it as data.chat_template.",
+                remedy="Give the content without thinking tags (thinking has a key of its own, reasoning_content),\n"
+                "or give a template that renders all of it as data.chat_template.",
             )
         written = _squeezed(text[len(prompt) :])
         for key, part in _parts(messages[-1]):

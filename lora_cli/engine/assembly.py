@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -44,18 +44,20 @@ def make_trainable(
     base: PreTrainedModel, config: Config, computation: Computation, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | PeftModel:
     """The base with its adapter attached and in training mode; itself, all parameters trainable, without one."""
-    if config.model.resize_embeddings and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    if config.model.resize_embeddings and len(tokenizer) > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(len(tokenizer))
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     computation.prepare(base)
     if config.adapter is None:
         base.requires_grad_(True)
-        return base.train()
+        base.train()
+        return base
     model = attach_adapter(base, config.adapter, seed=config.train.seed)
+    model.train()
     if computation.dtype != torch.float32:
         leave_casting_to_autocast(model)
-    return model.train()
+    return model
 
 
 def leave_casting_to_autocast(model: nn.Module) -> None:
@@ -64,15 +66,14 @@ def leave_casting_to_autocast(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
+            setattr(module, "cast_input_dtype_enabled", False)  # noqa: B010 - PEFT reads it, and declares it nowhere
 
 
 def causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal language model itself, with whatever PEFT has injected into it."""
     from peft import PeftModel
 
-    found: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    return found
+    return cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

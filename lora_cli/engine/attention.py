@@ -174,8 +174,9 @@ def _varlen(
         scale=scaling,
         window_size=(left, 0),
     )
-    result: Tensor = output_THE[None]
-    return result
+    if isinstance(output_THE, tuple):  # only when asked for more than the output
+        output_THE = output_THE[0]
+    return output_THE.unsqueeze(0)
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:

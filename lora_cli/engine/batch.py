@@ -52,9 +52,7 @@ def flat_batch(examples: Examples, indices: Sequence[int], device: torch.device)
     return flatten([part.input_ids for part in parts], [part.trained for part in parts], device)
 
 
-def flatten(
-    documents_T: Sequence[np.ndarray], trained_T: Sequence[np.ndarray], device: torch.device
-) -> FlatBatch:
+def flatten(documents_T: Sequence[np.ndarray], trained_T: Sequence[np.ndarray], device: torch.device) -> FlatBatch:
     """Token ids and masks of whole documents as one row. The first token of a document is never supervised."""
     import torch
 

@@ -82,7 +82,7 @@ def _run(
     sampled = sampling.temperature > 0
     choice = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k} if sampled else {}
     torch.manual_seed(sampling.seed)
-    output = model.generate(
+    output: torch.Tensor = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=GenerationConfig(

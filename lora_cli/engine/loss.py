@@ -55,7 +55,7 @@ def chunked_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> 
     rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
     if not torch.is_grad_enabled():
         return torch.stack([piece.sum() for piece in _token_losses(hidden_SM, head, batch.targets, rows)]).sum()
-    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, *parameters)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, *parameters)
     return loss
 
 

@@ -35,7 +35,7 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _HEADS = re.compile(r"(^|_)(n|num)(_\w+)?_heads?$|(^|_)n(um)?_?groups$")
 _SIZES = re.compile(r"(hidden_size|intermediate_size|n_embd|n_inner|d_model|d_inner|d_ssm|d_ff|ffn_dim|width)$")
 
-_LARGEST = 300_000_000
+_LARGEST = 160_000_000
 """Parameters; what is larger isn't cheap to try."""
 
 
@@ -107,7 +107,7 @@ def _fewer_of_everything(text: PretrainedConfig) -> None:
     sizes = {name: value for name, value in vars(text).items() if isinstance(value, int)}
     heads = {name: value for name, value in sizes.items() if _HEADS.search(name) and value > 0}
     most = vars(text).get("num_attention_heads") or max(heads.values(), default=text.hidden_size // 64)
-    factor = most // 2 if most % 2 == 0 else most
+    factor = next(most // few for few in (4, 2, 1) if most % few == 0)
     for name, value in heads.items():
         setattr(text, name, max(1, value // factor))
     for name, value in sizes.items():
@@ -202,4 +202,5 @@ def _build(small: PretrainedConfig, seed: int) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model.eval()
+    model.eval()
+    return model

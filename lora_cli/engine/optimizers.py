@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lora_cli.config import TrainConfig
 from lora_cli.errors import UserError
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-def make_optimizer(
-    train: TrainConfig, parameters: Mapping[str, nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
+def make_optimizer(train: TrainConfig, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Optimizer:
     """The optimizer that `train.optim` names, over float32 parameters.
 
     Matrices decay, vectors (biases, norms) don't. What PyTorch would choose by device is explicit: for each
@@ -34,19 +33,19 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     rate = train.learning_rate
     betas = (train.adam_beta1, train.adam_beta2)
-    foreach = {"foreach": device.type == "cuda"}
+    foreach = device.type == "cuda"
     adam: dict[str, Any] = {"lr": rate, "betas": betas, "eps": train.adam_epsilon}
     match train.optim:
         case "adamw_torch":
-            return torch.optim.AdamW(groups, **adam, **foreach)
+            return torch.optim.AdamW(groups, **adam, foreach=foreach)
         case "adamw_torch_fused":
             return torch.optim.AdamW(groups, **adam, fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=rate, **foreach)
+            return torch.optim.SGD(groups, lr=rate, foreach=foreach)
         case "rmsprop":
-            return torch.optim.RMSprop(groups, lr=rate, **foreach)
+            return torch.optim.RMSprop(groups, lr=rate, foreach=foreach)
         case "adagrad":
-            return torch.optim.Adagrad(groups, lr=rate, **foreach)
+            return torch.optim.Adagrad(groups, lr=rate, foreach=foreach)
         case "adafactor":
             from transformers.optimization import Adafactor
 
@@ -57,8 +56,9 @@ def make_optimizer(
 
 def _bitsandbytes_optimizer(
     train: TrainConfig, groups: list[dict[str, Any]], adam: dict[str, Any], device: torch.device
-) -> torch.optim.Optimizer:
-    from bitsandbytes import optim
+) -> Optimizer:
+    from bitsandbytes.optim.adamw import AdamW
+    from bitsandbytes.optim.lion import Lion
 
     name = train.optim
     if name.startswith("paged_") and device.type != "cuda":
@@ -71,15 +71,11 @@ def _bitsandbytes_optimizer(
     bits = 8 if name.endswith("8bit") else 32
     paged = name.startswith("paged_")
     if "lion" in name:
-        lion: torch.optim.Optimizer = optim.Lion(
-            groups, lr=adam["lr"], betas=adam["betas"], optim_bits=bits, is_paged=paged
-        )
-        return lion
-    adamw: torch.optim.Optimizer = optim.AdamW(groups, **adam, optim_bits=bits, is_paged=paged)
-    return adamw
+        return cast(Optimizer, Lion(groups, lr=adam["lr"], betas=adam["betas"], optim_bits=bits, is_paged=paged))
+    return cast(Optimizer, AdamW(groups, **adam, optim_bits=bits, is_paged=paged))
 
 
-def make_scheduler(train: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> LRScheduler:
+def make_scheduler(train: TrainConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """transformers' schedule of this name, one tick for each optimizer step."""
     from transformers.optimization import get_scheduler
 

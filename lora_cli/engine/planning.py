@@ -27,8 +27,8 @@ from lora_cli.model.dtypes import dtype_name, resolve_dtype
 from lora_cli.model.parameters import count_parameters
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from lora_cli.model.weights import Reach, check_weight_files, describe_quantization, quantization_reach, refuse_partial
-from lora_cli.plan import DataAccount, Engine, ModelFacts, ParameterReport, Plan, Steps, Writes
-from lora_cli.report.events import Emit, Warned, Working, ignore
+from lora_cli.plan import Engine, ModelFacts, ParameterReport, Plan, Steps, Writes
+from lora_cli.report.events import Emit, Working, ignore
 
 if TYPE_CHECKING:
     import torch
@@ -117,9 +117,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
     def progress(what: str, done: int, total: int | None) -> None:
         emit(Working(what, done, total, "rows"))
 
-    train, validation = load_examples(
-        config.data, tokenizer, stops, seed=config.train.seed, progress=progress
-    )
+    train, validation = load_examples(config.data, tokenizer, stops, seed=config.train.seed, progress=progress)
     emit(Working("proving packing and loss"))
     proof = prove(
         architecture,
@@ -148,9 +146,13 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
         memory=None,
         writes=_writes(resolved, parameters.trainable, steps),
         warnings=tuple(
-            [*position_warnings, *target_warnings]
-            + [*train.account.warnings, *(validation.account.warnings if validation else ())]
-            + _dropout_warnings(model)
+            [
+                *position_warnings,
+                *target_warnings,
+                *train.account.warnings,
+                *(validation.account.warnings if validation else ()),
+                *_dropout_warnings(model),
+            ]
         ),
     )
     return Prepared(resolved, architecture, tokenizer, stops, train, validation, proof, plan)
@@ -270,11 +272,11 @@ def _facts(
 
 
 def _describe_adapter(model: nn.Module) -> str | None:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
-    if not isinstance(model, PeftModel):
+    settings = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    if not isinstance(settings, LoraConfig):
         return None
-    settings = model.peft_config["default"]
     kinds = {kind.name for kind in count_parameters(model).by_module if kind.trainable_parameters}
     variant = "DoRA " if settings.use_dora else "rsLoRA " if settings.use_rslora else ""
     return f"{variant}r {settings.r}, alpha {settings.lora_alpha}, {len(kinds)} kinds of module"
@@ -309,7 +311,7 @@ def _check_positions(model: nn.Module, architecture: PretrainedConfig, max_lengt
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     if any(rows in (limit, limit + 2) and rows != text.vocab_size for rows in tables):  # OPT keeps two rows more
         raise ModelError(
-            f"data.max_length {max_length:,} is beyond the {limit:,} positions that {architecture.model_type} has learned",
+            f"data.max_length {max_length:,} is beyond the {limit:,} positions that {text.model_type} has learned",
             remedy=f"Set data.max_length: {limit}",
         )
     return [f"data.max_length {max_length:,} is beyond the {limit:,} positions that the model was trained for"]

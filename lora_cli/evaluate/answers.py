@@ -1,7 +1,7 @@
 """Answers to the rows' own prompts, and how they compare with what the rows say.
 
-The prompt of a row is all before its first supervised token, the reference its first supervised run: what training
-saw, token for token. Knows nothing about adapters or statistics.
+The prompt of a row is all before its first supervised token, the reference its first supervised run: what
+training saw, token for token. Knows nothing about adapters or statistics.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_cli.data.examples import Examples
 from lora_cli.engine.generation import Generated, Sampling, generate_batch
@@ -67,7 +68,8 @@ def questions(examples: Examples, reader: Reader) -> tuple[Question, ...]:
             )
         )
     if not found:
-        raise DataError("no row has a prompt and a whole answer", remedy="Leave --generate out for text rows.")
+        remedy = "Leave --generate out: there is nothing to ask."
+        raise DataError("no row has a prompt and a whole answer", remedy=remedy)
     return tuple(found)
 
 
@@ -93,8 +95,11 @@ def answer_all(
             room = max(1, min(room, reader.position_limit - len(prompt)))
         by_limit[room].append(index)
     answers: dict[int, Generated] = {}
+
+    def report(done: int, total: int) -> None:
+        progress(len(answers) + done, len(prompts))
+
     for room, indices in by_limit.items():
-        before = len(answers)
         batch = generate_batch(
             model,
             loaded.computation,
@@ -102,7 +107,7 @@ def answer_all(
             [prompts[index] for index in indices],
             reader.stop_token_ids,
             replace(sampling, max_new_tokens=room),
-            progress=lambda done, _, before=before: progress(before + done, len(prompts)),
+            progress=report,
         )
         answers.update(zip(indices, batch, strict=True))
     return [answers[index] for index in range(len(prompts))]
@@ -119,11 +124,12 @@ def normalised(text: str) -> str:
     return " ".join(_MARKS.sub(" ", folded).split())
 
 
-def marks(asked: Sequence[Question], answers: Sequence[Generated]) -> dict[str, np.ndarray]:
+def marks(asked: Sequence[Question], answers: Sequence[Generated]) -> dict[str, NDArray[np.float64]]:
     """For each measure, 1 where an answer has it and 0 where not."""
-    pairs = list(zip(asked, answers, strict=True))
-    return {
-        "exact_match": np.array([exact(a.text, q.reference) for q, a in pairs], dtype=float),
-        "normalised_match": np.array([normalised(a.text) == normalised(q.reference) for q, a in pairs], dtype=float),
-        "ended_by_itself": np.array([a.stop_reason == "stop" for _, a in pairs], dtype=float),
+    pairs = [(answer.text, question.reference) for question, answer in zip(asked, answers, strict=True)]
+    found = {
+        "exact_match": [exact(text, reference) for text, reference in pairs],
+        "normalised_match": [normalised(text) == normalised(reference) for text, reference in pairs],
+        "ended_by_itself": [answer.stop_reason == "stop" for answer in answers],
     }
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}

@@ -23,6 +23,7 @@ from lora_cli.errors import ModelError
 from lora_cli.evaluate.target import Target
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import read_architecture
+from lora_cli.model.dtypes import dtype_name
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from lora_cli.model.weights import describe_quantization
 from lora_cli.report.events import Emit, Warned, Working
@@ -98,13 +99,13 @@ def load_target(config: Config, reader: Reader, emit: Emit) -> Loaded:
     computation = make_computation(config, proof, device)
     emit(Working("loading weights"))
     base = load_model(config, architecture, computation, device)
-    if config.model.resize_embeddings and len(reader.tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    if config.model.resize_embeddings and len(reader.tokenizer) > architecture.get_text_config().vocab_size:
         base.resize_token_embeddings(len(reader.tokenizer))
     computation.prepare(base)
     asked = config.train.micro_batch_tokens
     tokens = AUTO_MICRO_BATCH_TOKENS[device.type] if asked == "auto" else asked
-    dtype = str(computation.dtype).removeprefix("torch.")
-    return Loaded(base.eval(), computation, device, tokens, describe_quantization(config.model.quantization) or dtype)
+    precision = describe_quantization(config.model.quantization) or dtype_name(computation.dtype)
+    return Loaded(base, computation, device, tokens, precision)
 
 
 def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -1,4 +1,4 @@
-"""The evaluation itself: the same rows through the base and through base and adapter, then figures and verdict."""
+"""The evaluation itself: the same rows through base and adapter, then figures and a verdict."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def evaluate(
         overrides: of the config that the adapter was trained with, as `train.seed=7`.
         limit: judge at most so many rows, drawn by the seed.
         max_new_tokens: of an answer; otherwise enough for the longest reference and half as much again.
-        min_improvement, fail_if_worse: recorded in the result, whose `meets_demand` says whether they are met.
+        min_improvement, fail_if_worse: kept in the result, whose `meets_demand` says if they are met.
 
     Raises:
         UserError: anything that the user can mend; nothing has been written then.
@@ -109,8 +109,7 @@ def _observe(
         progress=progress("scoring"),
     )
     prompts = [question.prompt_ids for question in asked]
-    answers = answer_all(model, loaded, reader, prompts, sampling, progress=progress("asking")) if asked else []
-    return Observed(scores, answers)
+    return Observed(scores, answer_all(model, loaded, reader, prompts, sampling, progress=progress("asking")))
 
 
 def _judge(
@@ -169,11 +168,11 @@ def _measures(
     ratios = [
         Ratio("loss", *losses, tokens),
         Ratio("perplexity", *losses, tokens, np.exp),
-        Ratio("row_loss", *(loss / tokens for loss in losses), np.ones(len(tokens))),
+        Ratio("row_loss", losses[0] / tokens, losses[1] / tokens, np.ones(len(tokens))),
         Ratio("token_accuracy", base.scores.correct, adapter.scores.correct, tokens),
     ]
     if rows.supervised_bytes.any():
-        ratios.append(Ratio("bits_per_byte", *losses, rows.supervised_bytes, lambda ratio: ratio / math.log(2)))
+        ratios.append(Ratio("bits_per_byte", *losses, rows.supervised_bytes * math.log(2)))
     measures = compare(ratios, seed=seed)
     if not asked:
         return measures

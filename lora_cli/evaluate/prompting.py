@@ -1,7 +1,7 @@
 """Text from a base and from adapters on it, for prompts as a user types them.
 
-A prompt is laid out as the rows were in training: through the chat template where there is one, as a task where
-the run was trained on instructions, as it is otherwise. Knows nothing about figures.
+A prompt is laid out as the rows were in training: through the chat template where there is one, as a task
+where the run was trained on instructions, as it is otherwise. Knows nothing about figures.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_cli.data.formats import Completion
 from lora_cli.data.loading import open_sources, set_chat_template
 from lora_cli.data.plain import PlainLayout
-from lora_cli.engine.generation import Sampling
+from lora_cli.engine.generation import Generated, Sampling
 from lora_cli.errors import DataError, UserError
 from lora_cli.evaluate.answers import answer_all
 from lora_cli.evaluate.models import Reader, load_target, read_target
@@ -52,7 +52,9 @@ def generate(
     def progress(done: int, total: int) -> None:
         emit(Working("generating", done, total, "answers"))
 
-    by_adapter = {None: answer_all(loaded.base, loaded, reader, tokens, sampling, progress=progress)}
+    by_adapter: dict[str | None, list[Generated]] = {
+        None: answer_all(loaded.base, loaded, reader, tokens, sampling, progress=progress)
+    }
     for folder in folders:
         with loaded.adapted(folder) as model:
             by_adapter[str(folder)] = answer_all(model, loaded, reader, tokens, sampling, progress=progress)
@@ -101,8 +103,9 @@ def prompt_tokens(prompt: str, target: Target, reader: Reader, *, raw: bool) -> 
     if not ids:
         raise UserError("an empty prompt", remedy="Give at least one word.")
     if reader.position_limit is not None and len(ids) >= reader.position_limit:
+        begins = f"{prompt[:40]!r}..."
         raise UserError(
-            f"a prompt of {len(ids):,} tokens fills the model's {reader.position_limit:,} positions: {prompt[:40]!r}..."
+            f"a prompt of {len(ids):,} tokens fills the model's {reader.position_limit:,} positions: {begins}"
         )
     return ids
 

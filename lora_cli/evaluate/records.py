@@ -1,4 +1,4 @@
-"""What an evaluation leaves in the run folder: `eval/NAME/summary.json` and `rows.parquet`, both or neither."""
+"""What an evaluation leaves in the run folder: `eval/NAME/` with summary.json and rows.parquet, or none."""
 
 from __future__ import annotations
 

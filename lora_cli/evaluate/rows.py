@@ -1,4 +1,4 @@
-"""The rows to evaluate on: the run's held-out ones or those of another source, and which of them were trained on.
+"""The rows to evaluate on, the run's own or those of another source, and which of them were trained on.
 
 Knows data; knows nothing about models or figures.
 """
@@ -25,6 +25,11 @@ from lora_cli.report.events import Emit, Working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TRAINED_ON = (
+    "the run holds no rows out: these are the ones that it was trained on, which says little about others. "
+    "Name rows with --data"
+)
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,7 @@ def load_rows(
         train, validation = load(config.data)
         name, examples = ("train", train) if validation is None else ("validation", validation)
         if validation is None:
-            warnings = (
-                "the run holds no rows out: these are the rows that it was trained on, which says little about "
-                "others. Name rows with --data",
-            )
+            warnings = (_TRAINED_ON,)
         else:
             warnings = tuple(text for text in validation.account.warnings if "also in train" in text)
     if limit is not None and limit < len(examples):

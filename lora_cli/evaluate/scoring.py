@@ -1,4 +1,4 @@
-"""Row by row, what a model makes of the supervised tokens: their loss, and how many it would have chosen itself.
+"""Row by row, what a model makes of the supervised tokens: their loss, and how many it would have chosen.
 
 On the flat stream that training runs on: no padding, logits at supervised positions only. Knows nothing about
 adapters or statistics.

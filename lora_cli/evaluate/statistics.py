@@ -1,7 +1,7 @@
 """Figures over rows, and how sure they are: paired bootstrap intervals and the sign test.
 
-A figure is a ratio of sums over rows (nats per token, right tokens per token), so a draw of rows with replacement
-gives another figure. Base and adapter are always drawn together. Knows nothing about models.
+A figure is a ratio of sums over rows (nats per token, right tokens per token), so a draw of rows with
+replacement gives another figure. Base and adapter are always drawn together. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def resampled_sums(values_NK: Floats, draws: int, seed: int) -> Floats:
 def interval(draws_B: Floats, rows: int, confidence: float = CONFIDENCE) -> tuple[float | None, float | None]:
     """The percentile interval, widened for few rows.
 
-    A plain percentile interval is too narrow by the factor between the normal and Student's distribution, and
-    by that between dividing by N and by N - 1. Its tails are moved out accordingly (Hesterberg 2015, "expanded
-    percentile"), which brings coverage back to what is claimed.
+    A plain percentile interval is too narrow by the factor between the normal and Student's distribution,
+    and by that between dividing by N and by N - 1. Its tails are moved out accordingly (Hesterberg 2015,
+    "expanded percentile"), which brings coverage back to what is claimed.
     """
     finite = draws_B[np.isfinite(draws_B)]
     if rows < 2 or len(finite) == 0:
@@ -97,6 +97,8 @@ def sign_test(better: int, worse: int) -> float:
     count, fewer = better + worse, min(better, worse)
     if count == 0:
         return 1.0
-    logs = [math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in range(fewer + 1)]
-    tail = math.fsum(math.exp(log - count * math.log(2)) for log in logs)
+    whole = math.lgamma(count + 1) - count * math.log(2)
+    tail = math.fsum(
+        math.exp(whole - math.lgamma(k + 1) - math.lgamma(count - k + 1)) for k in range(fewer + 1)
+    )
     return min(1.0, 2 * tail)

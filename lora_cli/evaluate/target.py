@@ -1,6 +1,6 @@
 """What is to be evaluated: a run folder, an adapter folder or a config, as one value.
 
-Knows where an adapter says which base it belongs to, and where its run says how it was trained. Loads nothing.
+Knows where an adapter names its base, and where its run says how it was trained. Loads nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def find_target(target: Path | str, overrides: Sequence[str] = ()) -> Target:
     run = RunFolder(path)
     if not run.config_file.is_file():
         raise UserError(
-            f"{path.absolute()} holds neither a run ({run.config_file.name}) nor an adapter ({_ADAPTER_CONFIG})",
+            f"{path.absolute()} holds neither {run.config_file.name} nor {_ADAPTER_CONFIG}",
             remedy="Give a run folder, an adapter folder or a config file.",
         )
     return _of_run(str(target), run.config_file, overrides, folder=run)
@@ -90,7 +90,7 @@ def _of_bare_adapter(name: str, folder: Path, overrides: Sequence[str]) -> Targe
     if not base:
         raise ModelError(
             f"{(folder / _ADAPTER_CONFIG).absolute()} names no base model (base_model_name_or_path)",
-            remedy="Write the base's hub id or folder there, or give the config that the adapter was trained with.",
+            remedy="Write the base's hub id or folder there, or give the config that it was trained with.",
         )
     minimal: dict[str, Any] = {
         "model": {"name_or_path": base, "revision": settings.get("revision")},

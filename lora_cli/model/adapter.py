@@ -43,7 +43,7 @@ def attach_adapter(base: PreTrainedModel, adapter: AdapterConfig, *, seed: int) 
         else:
             check_targets(base, adapter)
             try:
-                model = get_peft_model(base, lora_config(base, adapter))  # type: ignore[assignment]
+                model = get_peft_model(base, lora_config(base, adapter))
             except (ValueError, TypeError, NotImplementedError) as error:
                 raise ModelError(f"adapter: {error}", remedy=_offer(base)) from error
     for parameter in model.parameters():

@@ -35,7 +35,7 @@ def read_architecture(model: ModelConfig) -> PretrainedConfig:
     if looks_like_folder(name):
         _check_folder(Path(name).expanduser())
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:

@@ -58,11 +58,10 @@ def _generation_eos(model: ModelConfig) -> int | list[int] | None:
     from transformers import GenerationConfig
 
     try:
-        found: int | list[int] | None = GenerationConfig.from_pretrained(
-            model.name_or_path, revision=model.revision
-        ).eos_token_id
+        config = GenerationConfig.from_pretrained(model.name_or_path, revision=model.revision or "main")
     except OSError:  # a model without the file is complete
         return None
+    found: int | list[int] | None = config.eos_token_id
     return found
 
 

@@ -44,7 +44,7 @@ def load_base(
     if model.quantization is not None and came_quantized is None:
         extra["quantization_config"] = bitsandbytes_config(model.quantization, dtype)
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -59,6 +59,8 @@ def load_base(
         raise ModelError(
             f"{model.name_or_path}: weights can't be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
+    base: PreTrainedModel = loaded[0]
+    info = loaded[1]
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -68,8 +70,7 @@ def load_base(
     base.requires_grad_(False)
     if model.quantization is not None:
         keep_packed_weights_unchanged(base)
-    result: PreTrainedModel = base
-    return result
+    return base
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -95,7 +96,7 @@ def keep_packed_weights_unchanged(model: nn.Module) -> None:
     On a CPU with AVX512_BF16, `Linear4bit.forward` in eval mode rewrites the packed weight for its inference
     kernel, and every later backward pass reads it as if it had not: gradients are wrong without a word.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -128,7 +129,7 @@ def check_weight_files(folder: Path) -> None:
         raise ModelError(
             f"{folder.absolute()}: only pickled weights ({pickled[0].name}); a pickle can run code when it is read",
             remedy="Take the safetensors version of the model, or convert a copy that you trust, once:\n"
-            "  python -c \"from transformers import AutoModelForCausalLM as M; "
+            '  python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
         )
     raise ModelError(f"{folder.absolute()}: no *.safetensors weight files")

@@ -1,7 +1,7 @@
 """What an evaluation or a generation found, as frozen values.
 
-`evaluate` makes them, the screens lay them out, `--json` prints them. Knows nothing about how a figure was measured;
-imports nothing heavy.
+`evaluate` makes them, the screens lay them out, `--json` prints them. Knows nothing about how a figure was
+measured; imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ _COLUMNS = (
 
 
 def _embedded(training: Lines, evaluation: Lines) -> str:
-    """The metrics by column, thinned like the curves, in JSON that can't close its script element."""
+    """The metrics by column, thinned like the curves. Numbers alone, so nothing in it needs escaping."""
     order = [(float(index), line["loss"] or 0.0) for index, line in enumerate(training)]
     lines = [training[int(index)] for index, _ in thin(order, _LINES_EMBEDDED)]
     steps = [(float(line["step"]), line["eval_loss"] or 0.0) for line in evaluation]
@@ -210,7 +210,7 @@ def _embedded(training: Lines, evaluation: Lines) -> str:
             {"step": int(step), "eval_loss": _short(loss)} for step, loss in thin(steps, _LINES_EMBEDDED)
         ],
     }
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _short(value: float | None) -> float | None:

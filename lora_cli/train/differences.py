@@ -36,7 +36,11 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
             f"{folder.path} was started with another config, in {len(serious)} settings that matter",
             remedy="\n".join([*serious, "Put them back, or start anew with --output-dir."]),
         )
-    kept = {key.removeprefix("train."): getattr(now.train, key.removeprefix("train.")) for key in HARMLESS if "train." in key}
+    kept = {
+        key.removeprefix("train."): getattr(now.train, key.removeprefix("train."))
+        for key in HARMLESS
+        if "train." in key
+    }
     if kept["micro_batch_tokens"] == "auto":
         del kept["micro_batch_tokens"]
     return before.model_copy(update={"train": before.train.model_copy(update=kept), "output_dir": now.output_dir})

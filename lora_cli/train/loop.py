@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -252,7 +253,7 @@ class Loop:
         done = self.position.step
         return self.position.train_seconds / max(done, 1) * (self.plan.steps.total - done)
 
-    def _write(self, metrics: dict[str, object]) -> None:
+    def _write(self, metrics: Mapping[str, Any]) -> None:
         if self.world.is_main:
             self.folder.append_metrics(metrics)
             self.trackers.log(metrics)

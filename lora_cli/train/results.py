@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,8 +46,9 @@ def write_results(
     emit(Working("writing the adapter"))
     _save_adapter(folder, model, prepared)
     summary = _summary(folder, prepared, loop)
-    card = model_card(folder.path.name, prepared.plan, summary.as_json(), _sources(prepared.config))
-    write_text(folder.adapter_dir / "README.md", card)
+    if prepared.config.adapter is not None:
+        card = model_card(folder.path.name, prepared.plan, summary.as_json(), _sources(prepared.config))
+        write_text(folder.adapter_dir / "README.md", card)
     emit(Working("writing samples"))
     samples = _samples(model, prepared, loop)
     write_json(folder.summary_file, summary.as_json())
@@ -76,7 +76,7 @@ def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepare
     if isinstance(model, PeftModel):  # found again from any working directory
         base = with_absolute_paths(prepared.config).model.name_or_path
         model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(temporary)
+    model.save_pretrained(str(temporary))
     prepared.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder.adapter_dir, ignore_errors=True)
     os.replace(temporary, folder.adapter_dir)
@@ -188,5 +188,3 @@ def _non_defaults(config: Config) -> frozenset[str]:
 def _sources(config: Config) -> list[str]:
     sources: tuple[Source, ...] = config.data.train
     return [source.path for source in sources]
-
-

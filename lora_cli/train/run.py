@@ -1,6 +1,6 @@
 """A run from config to result: prepare, write the run folder, load, train, and leave an adapter that says how it came.
 
-    config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Loop -> results
+config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Loop -> results
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
     Raises:
         RunFolderError: the data is not what the checkpoint was made on.
     """
-    fresh = Position(
-        micro_batch_tokens=prepared.plan.engine.micro_batch_tokens, threads=torch.get_num_threads()
-    )
+    fresh = Position(micro_batch_tokens=prepared.plan.engine.micro_batch_tokens, threads=torch.get_num_threads())
     if not resume:
         return fresh
     newest = newest_checkpoint(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ class Trackers:
 
     trackers: tuple[Any, ...] = ()
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics to each tracker."""
         values = {key: value for key, value in metrics.items() if key != "step"}
         for tracker in self.trackers:

@@ -10,7 +10,6 @@ import pytest
 from lora_cli.config import load_config
 from lora_cli.errors import ConfigError, Problem
 
-
 Write = Callable[[str | bytes], Path]
 Problems = Callable[..., list[Problem]]
 

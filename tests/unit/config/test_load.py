@@ -150,9 +150,7 @@ def test_overrides_are_validated_in_the_same_pass_and_win(write, problems):
     )
     assert (config.train.learning_rate, config.train.seed, config.output_dir) == (1e-4, 7, "b")
     assert config.adapter is not None and config.adapter.target_modules == ("c_attn",)
-    found = problems(
-        MINIMAL + "adapter: {rr: 3}\n", "train.learning_rate=fast", "train.lr=1", "seed", "data.train="
-    )
+    found = problems(MINIMAL + "adapter: {rr: 3}\n", "train.learning_rate=fast", "train.lr=1", "seed", "data.train=")
     assert [each.key for each in found][0] == "adapter.rr"
     assert {(each.key, each.place) for each in found[1:]} == {
         ("train.learning_rate", None),
@@ -187,9 +185,7 @@ def test_contradictions_wait_for_the_values_they_depend_on(problems):
     found = problems(MINIMAL + "train: {load_best_model_at_end: true, eval_steps: often}\n")
     assert {each.key for each in found} == {"train.eval_steps", "train.load_best_model_at_end"}
     assert not any("only one evaluation" in each.message for each in found)
-    (only,) = problems(
-        MINIMAL.replace("a.jsonl", "a.jsonl, validation: lots of") + "adapter: {r: x, use_dora: true}\n"
-    )
+    (only,) = problems(MINIMAL.replace("a.jsonl", "a.jsonl, validation: lots of") + "adapter: {r: x, use_dora: true}\n")
     assert only.key == "adapter.r"
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,12 +32,8 @@ DATA = st.fixed_dictionaries(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=NAMES, train=TRAIN, data=DATA)
-def test_the_resolved_file_loads_to_the_same_config(
-    tmp_path, name: str, train: dict[str, Any], data: dict[str, Any]
-):
-    config = Config.model_validate(
-        {"model": {"name_or_path": name}, "data": data, "train": train, "output_dir": name}
-    )
+def test_the_resolved_file_loads_to_the_same_config(tmp_path, name: str, train: dict[str, Any], data: dict[str, Any]):
+    config = Config.model_validate({"model": {"name_or_path": name}, "data": data, "train": train, "output_dir": name})
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     assert load_config(file) == with_absolute_paths(config)
@@ -73,9 +68,7 @@ def test_paths_become_absolute_and_hub_ids_stay(tmp_path, monkeypatch):
 
 
 def test_the_resolved_file_says_everything(tmp_path):
-    config = Config.model_validate(
-        {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c"}
-    )
+    config = Config.model_validate({"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c"})
     written = YAML(typ="safe", pure=True).load(dump_config(config))
     for section in ("model", "adapter", "data", "train"):
         assert list(written[section]) == list(type(getattr(config, section)).model_fields)
@@ -83,9 +76,7 @@ def test_the_resolved_file_says_everything(tmp_path):
 
 def test_a_secret_that_got_in_does_not_get_out():
     token = "hf_" + "a1B2" * 8
-    config = Config.model_validate(
-        {"model": {"name_or_path": token}, "data": {"train": "b"}, "output_dir": "c"}
-    )
+    config = Config.model_validate({"model": {"name_or_path": token}, "data": {"train": "b"}, "output_dir": "c"})
     assert token not in dump_config(config)
 
 

@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.data.templates import Style
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.config import DataConfig
+from tests.unit.data.templates import Style
 
 _PARAGRAPH = """
-The assistant reads a question and answers it in a few words. A user asks what a date looks like in another form, and
-the answer is a date. Where the question has no answer the assistant says so, plainly: I don't know. Numbers such as
-3.14 and 42, code such as `def add(a, b): return a + b`, names such as user, system, assistant, model and tool, and
-words in other scripts all occur: Grüße, naïve, 東京, Привет, 🙂. Tasks have an input and an answer.
+The assistant reads a question and answers it in a few words. A user asks what a date looks like in another
+form, and the answer is a date. Where the question has no answer the assistant says so, plainly: I don't know.
+Numbers such as 3.14 and 42, code such as `def add(a, b): return a + b`, names such as user, system, assistant,
+model and tool, and words in other scripts all occur: Grüße, naïve, 東京, Привет, 🙂. Tasks have an input and an
+answer.
 """
 
 
 @lru_cache
-def byte_level(
-    specials: tuple[str, ...], plain_added: tuple[str, ...], bos: str | None, eos: str | None
-) -> str:
+def byte_level(specials: tuple[str, ...], plain_added: tuple[str, ...], bos: str | None, eos: str | None) -> str:
     """A byte-level BPE tokenizer, as JSON."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -82,9 +81,7 @@ def tokenizer_of(style: Style, *, kind: str = "bytes") -> tuple[PreTrainedTokeni
 @pytest.fixture
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     """GPT-2's kind: byte-level, one control token, no template, no BOS of its own."""
-    return wrapped(
-        byte_level(("<|endoftext|>",), (), None, None), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    return wrapped(byte_level(("<|endoftext|>",), (), None, None), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 WriteRows = Callable[..., Path]

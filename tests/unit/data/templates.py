@@ -4,6 +4,8 @@ Each with the control tokens its tokenizer has and the tokens its model stops at
 begin and end is kept; wordings of built-in system prompts are shortened.
 """
 
+# ruff: noqa: E501 - templates are kept in their own line breaks
+
 from __future__ import annotations
 
 from dataclasses import dataclass

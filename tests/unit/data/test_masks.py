@@ -1,7 +1,7 @@
 """Which tokens are trained, on the chat templates of well-known families.
 
-The oracle knows nothing of how spans are derived: it looks the contents up in the template's own rendering, as
-they are words that occur once, and goes through the characters of every token.
+The oracle knows nothing of how spans are derived: it looks the contents up in the template's own rendering,
+as they are words that occur once, and goes through the characters of every token.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tests.unit.data.conftest import WriteRows, config, tokenizer_of
-from tests.unit.data.templates import BY_NAME, STYLES, Style
 
 from lora_cli.data.preview import ExamplePreview, preview_examples
 from lora_cli.errors import DataError
+from tests.unit.data.conftest import WriteRows, config, tokenizer_of
+from tests.unit.data.templates import BY_NAME, STYLES, Style
 
 TURNS = [
     {"role": "user", "content": "First ask: what is 2 + 2?"},
@@ -34,9 +34,7 @@ def previews(path: Path, style: Style, kind: str = "bytes", **fields: Any) -> tu
     return preview_examples(config(path, **fields), tokenizer, stops, count=100)
 
 
-def expected_flags(
-    style: Style, kind: str, messages: list[dict[str, str]], trained: set[int]
-) -> list[int | None]:
+def expected_flags(style: Style, kind: str, messages: list[dict[str, str]], trained: set[int]) -> list[int | None]:
     """1, 0 or None (white space, free) for each token of the template's own rendering."""
     tokenizer, stops = tokenizer_of(style, kind=kind)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -72,20 +70,14 @@ def test_mask_agrees_with_the_oracle(write_rows: WriteRows, style: Style, system
     messages = [SYSTEM, *TURNS] if system else TURNS
     path = write_rows({"messages": messages})
     if system and style.name == "mistral-v3":
-        pytest.skip(
-            "a conversation that ends with an answer has no system prompt in it: a test of its own, below"
-        )
+        pytest.skip("a conversation that ends with an answer has no system prompt in it: a test of its own, below")
     if system and not style.system:
         with pytest.raises(DataError, match=r"train.jsonl:1: the chat template refuses"):
             previews(path, style, kind)
         return
     got = previews(path, style, kind)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wholes = (
-        [(messages[: index + 1], {index}) for index in answers]
-        if style.rewrites
-        else [(messages, set(answers))]
-    )
+    wholes = [(messages[: index + 1], {index}) for index in answers] if style.rewrites else [(messages, set(answers))]
     assert len(got) == len(wholes)
     tokenizer, stops = tokenizer_of(style, kind=kind)
     for example, (part, trained) in zip(got, wholes, strict=True):
@@ -137,14 +129,8 @@ def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data
     import json
 
     spelled = st.sampled_from(style.specials)
-    content = st.one_of(
-        contents, st.tuples(contents, spelled, contents).map("".join), contents.map(lambda t: t * 50)
-    )
-    messages = (
-        [{"role": "system", "content": data.draw(content)}]
-        if style.system and data.draw(st.booleans())
-        else []
-    )
+    content = st.one_of(contents, st.tuples(contents, spelled, contents).map("".join), contents.map(lambda t: t * 50))
+    messages = [{"role": "system", "content": data.draw(content)}] if style.system and data.draw(st.booleans()) else []
     for _ in range(data.draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": data.draw(content)})
         messages.append({"role": "assistant", "content": data.draw(content)})
@@ -154,12 +140,12 @@ def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data
     path.write_text(json.dumps({"messages": messages}) + "\n")
     try:
         got = previews(path, style, max_length=100_000)
-    except (
-        DataError
-    ) as error:  # where a template trims around a content, what the content spells can't be told
-        assert "can't be kept as text" in error.message
-        assert style.name in ("llama2", "mistral-v3")
-        return
+    except DataError as error:
+        # These two trim around a content, so where it spells a control token it may not be told from the
+        # template.
+        if style.name in ("llama2", "mistral-v3") and "can't be kept as text" in error.message:
+            return
+        raise
     wanted = [_squeezed(answer + turn_end(style)) for answer in answers]
     found = [trained_text(example, style) for example in got]
     split = style.rewrites or (style.name == "mistral-v3" and messages[0]["role"] == "system")
@@ -179,9 +165,7 @@ def test_control_tokens_spelled_in_the_data_stay_text(write_rows: WriteRows, nam
     with_spelled, without = previews(write_rows({"messages": messages}, {"messages": plain}), style, kind)
     tokenizer, _ = tokenizer_of(style, kind=kind)
     controls = set(tokenizer.convert_tokens_to_ids(list(style.specials)))
-    assert [i for i in with_spelled.input_ids if i in controls] == [
-        i for i in without.input_ids if i in controls
-    ]
+    assert [i for i in with_spelled.input_ids if i in controls] == [i for i in without.input_ids if i in controls]
     assert style.specials[0] in with_spelled.text
 
 
@@ -211,9 +195,7 @@ def test_an_empty_thinking_block_is_header(write_rows: WriteRows) -> None:
 def test_thinking_that_a_template_leaves_out_is_refused(write_rows: WriteRows) -> None:
     turn = {"role": "assistant", "content": "Uno", "reasoning_content": "Spanish asked"}
     path = write_rows({"messages": [{"role": "user", "content": "One?"}, turn]})
-    with pytest.raises(
-        DataError, match=r"train.jsonl:1: messages\[1\].reasoning_content: the chat template leaves"
-    ):
+    with pytest.raises(DataError, match=r"train.jsonl:1: messages\[1\].reasoning_content: the chat template leaves"):
         previews(path, BY_NAME["llama3"])
 
 
@@ -242,17 +224,13 @@ TOOL_TURNS = [
     [
         (
             "qwen2.5",
-            [
-                '<tool_call>{"name":"weather","arguments":{"city":"Bern"}}</tool_call><|im_end|>Norain.<|im_end|>'
-            ],
+            ['<tool_call>{"name":"weather","arguments":{"city":"Bern"}}</tool_call><|im_end|>Norain.<|im_end|>'],
         ),
         ("mistral-v3", ['[TOOL_CALLS][{"name":"weather","arguments":{"city":"Bern"}}]</s>Norain.</s>']),
         ("glm4", ['weather{"city":"Bern"}<|observation|>Norain.<|user|>']),
     ],
 )
-def test_tool_calls_are_trained_and_results_are_not(
-    write_rows: WriteRows, name: str, wanted: list[str]
-) -> None:
+def test_tool_calls_are_trained_and_results_are_not(write_rows: WriteRows, name: str, wanted: list[str]) -> None:
     style = BY_NAME[name]
     got = previews(write_rows({"messages": TOOL_TURNS, "tools": [TOOL]}), style)
     assert [trained_text(example, style) for example in got] == wanted
@@ -268,9 +246,7 @@ def test_a_system_prompt_that_moves_gives_one_example_per_turn(write_rows: Write
 
 def test_a_call_that_a_template_leaves_out_is_refused(write_rows: WriteRows) -> None:
     turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "content": "Let me look."}]
-    with pytest.raises(
-        DataError, match=r"train.jsonl:1: messages\[1\].tool_calls: the chat template leaves it out"
-    ):
+    with pytest.raises(DataError, match=r"train.jsonl:1: messages\[1\].tool_calls: the chat template leaves it out"):
         previews(write_rows({"messages": turns}), BY_NAME["command-r"])
 
 

@@ -43,6 +43,12 @@ def test_a_wrapped_command_is_the_same_command_to_a_shell(arguments: list[str]) 
     assert shlex.split(text.replace("\\\n", " ")) == arguments
 
 
+def test_a_command_uses_the_width_it_has() -> None:
+    words = ["lora", "merge", "runs/docs", "--output", "merged/docs"]
+    assert command(words, 80) == ["  lora merge runs/docs --output merged/docs"]
+    assert command(words, 40) == ["  lora merge runs/docs --output \\", "    merged/docs"]
+
+
 ROWS = [("q_proj", "32", "4096 x 4096", "536,870,912"), ("embed_tokens", "1", "128256 x 4096", "525,336,576")]
 
 

@@ -92,6 +92,7 @@ def test_every_module_shows_all_its_digits(parameters: ParameterReport, width: i
     screen = render_parameters(parameters, None, width)
     for kind in parameters.by_module:
         assert f"{kind.base_parameters:,}" in screen
+    assert len(screen.split("\n")) == len(parameters.by_module) + 3  # a line each, at 60 columns, too
 
 
 def test_losses_name_their_span(plan: Plan, summary: Summary) -> None:

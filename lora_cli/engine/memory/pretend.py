@@ -1,0 +1,184 @@
+"""Plain `meta` tensors that behave, to whoever asks, like tensors on the target.
+
+Three things depend on the device above the dispatcher, where a `meta` tensor would go another way, and are answered
+here: what Python asks (`tensor.device`, `is_cuda`, `torch.cuda.*`), which kernel a composite operator picks (attention,
+softmax of float16, dropout), and the casts of autocast. Everything below is the operators' own `meta` kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lora_cli.engine.memory.casts import cast_arguments
+from lora_cli.engine.target import Target
+
+aten = torch.ops.aten
+_META = torch.device("meta")
+
+_GET_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+_IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+_BACKWARD = Tensor.backward
+
+
+@contextmanager
+def pretend(target: Target, during: Callable[[str], Any]) -> Iterator[None]:
+    """Within it, `meta` is the target.
+
+    Args:
+        during: a context manager for the phase that begins, `backward`.
+    """
+    with ExitStack() as stack:
+        if target.kind == "cuda":
+            for name, answer in _answers(target).items():
+                stack.enter_context(mock.patch(name, answer))
+        stack.enter_context(_Pretend(target, during))
+        yield
+
+
+def _answers(target: Target) -> dict[str, Callable[..., Any]]:
+    """What PyTorch asks of its build or of the driver, to decide what to run."""
+    return {
+        "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_bf16_supported": lambda *args, **kwargs: target.native_bfloat16,
+        "torch.cuda.get_device_capability": lambda *args, **kwargs: target.capability,
+        "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
+        "torch.utils._foreach_utils._get_fused_kernels_supported_devices": lambda: ["cuda", "cpu", "meta"],
+        "torch.optim.optimizer._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
+    }
+
+
+class _Pretend(TorchFunctionMode):
+    def __init__(self, target: Target, during: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._device = target.device
+        self._target = target
+        self._during = during
+        self._composites = _COMPOSITES if target.kind == "cuda" else {}
+        self._weight_casts: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _GET_DEVICE:
+            device = func(*args)
+            return self._device if device.type == "meta" else device
+        if func is _IS_CUDA or func is _IS_CPU:
+            if func(args[0]) or not args[0].is_meta:
+                return func(args[0])
+            return self._target.kind == ("cuda" if func is _IS_CUDA else "cpu")
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": self._really(kwargs["device"])}
+        if func is _BACKWARD:
+            # PyTorch suspends this mode within the call; recomputed layers need it.
+            with self._during("backward"), self:
+                return torch.autograd.backward(args[0], *args[1:], **kwargs)
+        if func is Tensor.tolist and args[0].is_meta:
+            return torch.zeros(args[0].shape).tolist()
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], torch.device | str):
+            args = (args[0], self._really(args[1]), *args[2:])
+        if torch.is_autocast_enabled(self._device.type):
+            args, kwargs = cast_arguments(func, args, kwargs, self._target.kind, self._weight_casts)
+        elif self._weight_casts:
+            self._weight_casts.clear()
+        composite = self._composites.get(func)
+        if composite is not None:
+            return composite(self._target, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _really(self, device: Any) -> torch.device:
+        """Where a tensor that is asked for on the target's device has to go."""
+        wanted = torch.device(device)
+        return _META if wanted.type == self._device.type else wanted
+
+
+def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`F.scaled_dot_product_attention` on CUDA: flash where it can, else memory-efficient, else written out.
+
+    After `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`. cuDNN's, first choice on Hopper in some
+    releases, takes as much memory as flash.
+    """
+    query, key, value, mask, dropout, causal, scale, grouped = _attention_arguments(*args, **kwargs)
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    size = query.shape[-1]
+    flash = half and target.capability >= (8, 0) and mask is None and size <= 256 and value.shape[-1] == size
+    if grouped and not flash:
+        groups = query.shape[1] // key.shape[1]
+        scores_grouped = key.shape[1] != query.shape[1]
+        if scores_grouped:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            return aten._scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, scale=scale)[0]
+    if flash:
+        padded = -(-size // 8) * 8
+        if padded != size:
+            query, key, value = (F.pad(t, (0, padded - size)) for t in (query, key, value))
+            scale = size**-0.5 if scale is None else scale
+        output = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, False, scale=scale)[0]
+        return output if padded == size else output[..., :size]
+    if query.dtype == torch.bfloat16 and target.capability < (8, 0):
+        return aten._scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, scale=scale)[0]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if mask is not None:
+        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    gradient = any(t.requires_grad for t in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, gradient, dropout, causal, scale=scale
+    )[0]
+
+
+def _attention_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Any, ...]:
+    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+
+
+def _softmax(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On CUDA float16 is widened inside the kernel; `aten/src/ATen/native/SoftMax.cpp`."""
+    x, dtype = args[0], kwargs.get("dtype")
+    dimension = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    if x.dtype == torch.float16 and dtype == torch.float32:
+        kernel = torch._log_softmax if func in (F.log_softmax, torch.log_softmax) else torch._softmax
+        return kernel(x, dimension, True)
+    return func(*args, **kwargs)
+
+
+def _dropout(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On CUDA a fused kernel keeps a mask of one byte each; `aten/src/ATen/native/Dropout.cpp`."""
+    x, p, training, inplace = _dropout_arguments(*args, **kwargs)
+    if not training or not 0 < p < 1 or inplace:
+        return func(*args, **kwargs)
+    return torch.native_dropout(x, p, True)[0]
+
+
+def _dropout_arguments(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    return input, p, training, inplace
+
+
+_COMPOSITES: dict[Any, Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    F.softmax: _softmax,
+    F.log_softmax: _softmax,
+    torch.softmax: _softmax,
+    torch.log_softmax: _softmax,
+    Tensor.softmax: _softmax,
+    Tensor.log_softmax: _softmax,
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+}

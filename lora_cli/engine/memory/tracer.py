@@ -1,0 +1,208 @@
+"""A dispatch mode that records when each storage is born and dies, on `meta` and on real tensors alike.
+
+Knows phases (forward, backward, update) from the calls that begin them, and layers from hooks; the step itself is
+untouched. Kernels' own scratch memory, which no operator returns, comes from `scratch`. Python's garbage collector
+stands still while it records, so that the same step leaves the same trace.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_cli.engine.memory.scratch import Scratch
+from lora_cli.engine.memory.trace import Birth, Trace
+
+aten = torch.ops.aten
+
+_FROM_ENGINE = frozenset({aten.add.Tensor})
+"""With which the autograd engine adds up gradients that meet at one tensor."""
+
+
+class Tracer(TorchDispatchMode):
+    """Records the storages of one device.
+
+    Args:
+        device_type: `meta`, or `cpu` for real tensors.
+        scratch: what kernels of the target take and give back within one call.
+        vocabulary: a tensor whose last dimension is this is counted as logits.
+    """
+
+    def __init__(self, device_type: str, scratch: Scratch, vocabulary: int | None = None) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.phase = "load"
+        self.place = ""
+        self._device_type = device_type
+        self._scratch = scratch
+        self._vocabulary = vocabulary
+        self._alive: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Any]] = {}
+        self._sum: _Sum | None = None
+
+    def __enter__(self) -> Tracer:
+        gc.collect()
+        gc.disable()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        gc.enable()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return _zero(args[0].dtype)
+        sizes = self._scratch.sizes(func, args)
+        result = func(*args, **kwargs)
+        if type(result) is Tensor:
+            self._see(result, func, args)
+        elif isinstance(result, tuple | list):
+            for item in result:
+                if isinstance(item, Tensor):
+                    self._see(item, func, args)
+        if sizes:
+            self.take_and_give_back(sizes, str(func))
+        return result
+
+    def take_and_give_back(self, sizes: Iterable[int], operator: str) -> None:
+        """Blocks that live only within one call."""
+        numbers = [self._birth(size, "workspace", operator) for size in sizes]
+        for number in reversed(numbers):
+            self.trace.free(number)
+
+    def keep(self, size_bytes: int, kind: str) -> None:
+        """A block that no tensor shows and that stays: a library's workspace."""
+        self._birth(size_bytes, kind, "")
+
+    def register(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Storages that were there before, as born now, or the kind of those that are known."""
+        for tensor in tensors:
+            if tensor.device.type in (self._device_type, "cuda"):
+                storage = tensor.untyped_storage()
+                number = self._alive.get(storage._cdata)
+                if number is None:
+                    self._follow(storage, self._birth(storage.nbytes(), kind, ""))
+                else:
+                    self.trace.births[number].kind = kind
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        before, self.phase = self.phase, phase
+        self.trace.mark(phase)
+        try:
+            yield
+        finally:
+            self.phase = before
+            self.trace.mark(before)
+
+    def watch_layers(self, model: nn.Module) -> None:
+        """Note which layer is at work."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList):
+                for number, layer in enumerate(module):
+                    layer.register_forward_pre_hook(self._entering(f"{name}.{number}"))
+                return
+
+    def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note which storages become gradients."""
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            number = self._alive.get(parameter.grad.untyped_storage()._cdata)
+            if number is not None:
+                self.trace.births[number].kind = "gradients"
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.place = name
+
+        return hook
+
+    def _see(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
+        if tensor.device.type not in (self._device_type, "cuda"):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._alive:
+            return
+        self._settle_sum()
+        number = self._birth(storage.nbytes(), self._kind(tensor), func.name())
+        self._follow(storage, number)
+        if func in _FROM_ENGINE and self.phase == "backward" and not torch.is_grad_enabled():
+            self._await_sum(number, args)
+
+    def _birth(self, size_bytes: int, kind: str, operator: str) -> int:
+        return self.trace.allocate(Birth(size_bytes, kind, self.phase, self.place, operator))
+
+    def _follow(self, storage: torch.UntypedStorage, number: int) -> None:
+        key = storage._cdata
+        self._alive[key] = number
+
+        def died(_: object) -> None:
+            del self._references[key]
+            self.trace.free(self._alive.pop(key))
+
+        self._references[key] = weakref.ref(storage, died)
+
+    def _kind(self, tensor: Tensor) -> str:
+        if self._vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
+            return "logits and loss"
+        if self.phase == "forward":
+            return "saved activations"
+        if self.phase == "backward":
+            return "one layer recomputed" if torch.is_grad_enabled() else "backward temporaries"
+        return "optimizer" if self.phase == "update" else "other"
+
+    def _await_sum(self, number: int, args: tuple[Any, ...]) -> None:
+        """The engine's sum of two gradients, which without a dispatch mode goes in place where it can.
+
+        It does where nothing else holds the left one, or else the right one: then that storage dies right here.
+        """
+        addends = [self._alive.get(t.untyped_storage()._cdata) for t in args if isinstance(t, Tensor)]
+        sizes = self.trace.births[number].size_bytes
+        same = [a for a in addends if a is not None and self.trace.births[a].size_bytes == sizes]
+        if same:
+            self._sum = _Sum(number, len(self.trace.events) - 1, same)
+
+    def _settle_sum(self) -> None:
+        """Whether the last sum went in place shows by what has died since."""
+        pending, self._sum = self._sum, None
+        if pending is None:
+            return
+        events = self.trace.events
+        died = events[pending.position + 1 :]
+        reused = next((a for a in pending.addends if -(a + 1) in died), None)
+        if reused is None:
+            return
+        tail = [e for e in died if e != -(reused + 1)]
+        events[pending.position :] = [-(reused + 1) if e == -(pending.number + 1) else e for e in tail]
+        for key, number in self._alive.items():
+            if number == pending.number:
+                self._alive[key] = reused
+                break
+
+
+class _Sum:
+    __slots__ = ("addends", "number", "position")
+
+    def __init__(self, number: int, position: int, addends: list[int]) -> None:
+        self.number, self.position, self.addends = number, position, addends
+
+
+def _zero(dtype: torch.dtype) -> float | int | bool:
+    """What a meta tensor's value is taken to be: finite, and false."""
+    if dtype == torch.bool:
+        return False
+    return 0.0 if dtype.is_floating_point else 0
