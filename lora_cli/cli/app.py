@@ -12,6 +12,7 @@ from lora_cli import __version__
 from lora_cli.cli import before, runs
 from lora_cli.cli.failures import report_bug
 from lora_cli.cli.help import LoraCommand, LoraGroup
+from lora_cli.cli.quiet import quiet_libraries
 
 app = typer.Typer(
     cls=LoraGroup,
@@ -45,9 +46,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def top(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on))
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda on: _version(on))] = False,
 ) -> None:
     """Fine-tune language models with LoRA and QLoRA from one YAML file."""
 
@@ -57,6 +56,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    if not debug:
+        quiet_libraries()
     try:
         app(arguments, prog_name="lora", obj={"debug": debug})
     except Exception:  # whatever is left is a bug

@@ -88,9 +88,7 @@ def preview(
 
 def params(
     config: ConfigFile,
-    ranks: Annotated[
-        str | None, typer.Option(metavar="R,R,...", help="Compare ranks, as 4,8,16,32,64.")
-    ] = None,
+    ranks: Annotated[str | None, typer.Option(metavar="R,R,...", help="Compare ranks, as 4,8,16,32,64.")] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -181,7 +179,5 @@ def _plan_as_json(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps.total,
         "parameters": plan.parameters.as_json(),
         "schedule": asdict(plan.steps),
-        **{
-            name: value for name, value in asdict(plan).items() if name not in ("data", "steps", "parameters")
-        },
+        **{name: value for name, value in asdict(plan).items() if name not in ("data", "steps", "parameters")},
     }

@@ -85,9 +85,7 @@ def _problem_lines(problem: Problem, colour: bool) -> list[str]:
             *_wrapped(problem.hint, gutter, gutter),
         ]
     hint = _wrapped(problem.hint, head, gutter + " " * (len(head) - len(gutter)))
-    return lines + [
-        line.replace(carets, _painted(carets, _YELLOW, colour), 1) for line in hint or [head.rstrip()]
-    ]
+    return lines + [line.replace(carets, _painted(carets, _YELLOW, colour), 1) for line in hint or [head.rstrip()]]
 
 
 def _wrapped(text: str, first: str, rest: str) -> list[str]:

@@ -26,9 +26,7 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
 
 
-def load(
-    path: Path, overrides: list[str] | None, *, output_dir: str | None = None, no_cache: bool = False
-) -> Config:
+def load(path: Path, overrides: list[str] | None, *, output_dir: str | None = None, no_cache: bool = False) -> Config:
     from lora_cli.config import load_config
 
     given = list(overrides or ())

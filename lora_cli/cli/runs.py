@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,10 +38,17 @@ def evaluate(
     target: Target,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Rows to evaluate on.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Generate answers as well.")] = False,
+    limit: Annotated[
+        int | None, typer.Option("-n", min=1, metavar="N", help="At most so many rows, drawn by the seed.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Of an answer; by default half as many again as the rows need."),
+    ] = None,
     min_improvement: Annotated[
         float | None, typer.Option(metavar="NATS", help="Exit 3 if the loss falls by less.")
     ] = None,
-    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 3 if the loss rises.")] = False,
+    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 3 if the verdict is worse.")] = False,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,16 +58,25 @@ def evaluate(
     """
     from lora_cli.evaluate import evaluate
     from lora_cli.report.console import Console, show
-    from lora_cli.report.screens import render_evaluation
+    from lora_cli.report.evaluation import render_evaluation
 
     with Console(quiet_stdout=True) as console:
-        result = evaluate(target, data=data, generate=generate, overrides=set_ or (), emit=console.emit)
+        result = evaluate(
+            target,
+            data=data,
+            generate=generate,
+            overrides=set_ or (),
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            min_improvement=min_improvement,
+            fail_if_worse=fail_if_worse,
+            emit=console.emit,
+        )
     if as_json:
         print_json(result.as_json())
     else:
         show(render_evaluation(result))
-    wanted = min_improvement if min_improvement is not None else 0.0 if fail_if_worse else None
-    answer(wanted is None or result.improvement >= wanted, "the adapter is not better by what was asked")
+    answer(result.meets_demand, f"the adapter is not as good as was asked: {result.verdict}")
 
 
 def generate(
@@ -71,33 +86,37 @@ def generate(
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="DIR", help="Compare with this one. May be repeated.")
     ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give prompts to the model as they are.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 42,
+    set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Text from base and adapters.
 
     The same prompts through the base and every adapter, for comparison.
     """
+    from lora_cli.engine.generation import Sampling
     from lora_cli.evaluate import generate, read_prompts
-    from lora_cli.report.console import show
-    from lora_cli.report.screens import render_outputs
+    from lora_cli.report.console import Console, show
+    from lora_cli.report.evaluation import render_outputs
 
-    outputs = generate(
-        target,
-        read_prompts(prompt or (), prompts_file),
-        adapters=adapter or (),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    with Console(quiet_stdout=True) as console:
+        result = generate(
+            target,
+            prompts=read_prompts(prompt or (), prompts_file),
+            adapters=adapter or (),
+            sampling=Sampling(max_new_tokens, temperature, top_p, seed=seed),
+            overrides=set_ or (),
+            raw=raw,
+            emit=console.emit,
+        )
     if as_json:
-        print_json({"outputs": [asdict(output) for output in outputs]})
+        print_json(result.as_json())
     else:
-        show(render_outputs(outputs))
+        show(render_outputs(result))
 
 
 def merge(

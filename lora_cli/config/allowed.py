@@ -46,9 +46,7 @@ class Allowed:
 
     def default(self, path: tuple[str | int, ...]) -> Any:
         """What the key is when it isn't given."""
-        return next(
-            (each["properties"].get(path[-1], {}).get("default") for each in self._raw(path[:-1])), None
-        )
+        return next((each["properties"].get(path[-1], {}).get("default") for each in self._raw(path[:-1])), None)
 
     def kind(self, path: Iterable[str | int]) -> str:
         """What a value here must be, as a noun; empty where it may be several things."""
@@ -97,11 +95,7 @@ class Allowed:
             return [_word(choice) for choice in choices]
         kind = _type(schema)
         if kind == "array":
-            inner = [
-                word
-                for item in self._alternatives(schema["items"])
-                for word in self._words(item, alone=False)
-            ]
+            inner = [word for item in self._alternatives(schema["items"]) for word in self._words(item, alone=False)]
             return [f"a list of {_joined(inner)}"]
         if kind == "object" and "properties" in schema:
             keys = list(schema["properties"])

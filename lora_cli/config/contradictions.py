@@ -72,9 +72,7 @@ def _adapter_targets(config: Config) -> Iterator[Contradiction]:
         return
     if adapter.target_modules is None and adapter.target_parameters is None:
         hint = "all-linear, a list of names, a regular expression, or adapter.target_parameters"
-        yield Contradiction(
-            "adapter.target_modules", "nothing to adapt", hint, ("adapter.target_parameters",)
-        )
+        yield Contradiction("adapter.target_modules", "nothing to adapt", hint, ("adapter.target_parameters",))
     if isinstance(adapter.target_modules, str) and adapter.layers_to_transform is not None:
         message = f"needs target_modules as a list of names, not {adapter.target_modules}"
         hint = "such as target_modules: [q_proj, v_proj]"
@@ -84,9 +82,7 @@ def _adapter_targets(config: Config) -> Iterator[Contradiction]:
     yield from _parameters(adapter)
     if adapter.init_lora_weights == "orthogonal" and adapter.r % 2:
         hint = "make adapter.r even, or leave init_lora_weights out"
-        yield Contradiction(
-            "adapter.init_lora_weights", "orthogonal needs an even rank", hint, ("adapter.r",)
-        )
+        yield Contradiction("adapter.init_lora_weights", "orthogonal needs an even rank", hint, ("adapter.r",))
 
 
 def _regular_expression(key: str, pattern: object) -> Iterator[Contradiction]:
@@ -94,9 +90,7 @@ def _regular_expression(key: str, pattern: object) -> Iterator[Contradiction]:
         try:
             re.compile(pattern)
         except re.error as error:
-            yield Contradiction(
-                key, f"not a regular expression: {error}", "all-linear, a list of names, or one"
-            )
+            yield Contradiction(key, f"not a regular expression: {error}", "all-linear, a list of names, or one")
 
 
 def _parameters(adapter: AdapterConfig) -> Iterator[Contradiction]:
@@ -108,9 +102,7 @@ def _parameters(adapter: AdapterConfig) -> Iterator[Contradiction]:
         message = "dropout can't be applied with target_parameters"
         yield Contradiction("adapter.lora_dropout", message, "set it to 0", needs)
     if adapter.use_dora:
-        yield Contradiction(
-            "adapter.use_dora", "DoRA can't be used with target_parameters", "leave it out", needs
-        )
+        yield Contradiction("adapter.use_dora", "DoRA can't be used with target_parameters", "leave it out", needs)
 
 
 def _weights(config: Config) -> Iterator[Contradiction]:

@@ -69,9 +69,7 @@ def read_document(text: str, file: Path | str | None) -> Document:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = reader.place(mark.line, mark.column) if mark is not None else None
-        return Document(
-            None, problems=[Problem("", f"not YAML: {_sentence(error)}", _advice(text, place), place)]
-        )
+        return Document(None, problems=[Problem("", f"not YAML: {_sentence(error)}", _advice(text, place), place)])
     except (ReaderError, YAMLStreamError) as error:
         return Document(None, problems=[_unreadable(error, text, reader)])
     if node is None:
@@ -143,9 +141,7 @@ class _Reader:
         """The value as a message should show it: text in quotes, the rest as it stands in the file."""
         if isinstance(node, ScalarNode) and node.tag in _TEXT_SCALARS:
             return redact(
-                json.dumps(
-                    node.value if len(node.value) <= 60 else node.value[:57] + "...", ensure_ascii=False
-                )
+                json.dumps(node.value if len(node.value) <= 60 else node.value[:57] + "...", ensure_ascii=False)
             )
         source = self.text[node.start_mark.index : node.end_mark.index].strip()
         if "\n" in source or len(source) > 60:
@@ -179,9 +175,7 @@ def _unreadable(error: ReaderError | YAMLStreamError, text: str, reader: _Reader
     position = error.position if isinstance(error, ReaderError) else 0
     before = _LINE_BREAK.split(text[:position])
     character = text[position : position + 1]
-    message = (
-        f"not YAML: the character U+{ord(character):04X} may not stand here" if character else "not YAML"
-    )
+    message = f"not YAML: the character U+{ord(character):04X} may not stand here" if character else "not YAML"
     return Problem("", message, "delete it", reader.place(len(before) - 1, len(before[-1])))
 
 

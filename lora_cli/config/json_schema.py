@@ -18,8 +18,6 @@ def _untitled(schema: Any) -> Any:
     if isinstance(schema, list):
         return [_untitled(item) for item in schema]
     if isinstance(schema, dict):
-        kept = {
-            key: value for key, value in schema.items() if not (key == "title" and isinstance(value, str))
-        }
+        kept = {key: value for key, value in schema.items() if not (key == "title" and isinstance(value, str))}
         return {key: _untitled(value) for key, value in kept.items()}
     return " ".join(schema.split()) if isinstance(schema, str) else schema

@@ -68,11 +68,9 @@ def _read_file(path: Path) -> Document:
     except OSError as error:
         raise UserError(f"can't read {where}: {error.strerror}") from error
     if len(raw) > MAX_BYTES:
-        raise UserError(
-            f"{where} is over 1 MiB, too large for a config", remedy="Give the YAML file of the run."
-        )
+        raise UserError(f"{where} is over 1 MiB, too large for a config", remedy="Give the YAML file of the run.")
     try:
-        return read_document(raw.decode("utf-8-sig"), path)
+        return read_document(raw.decode("utf-8"), path)
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), (_not_utf8(raw, error, path),)) from None
 
@@ -165,11 +163,7 @@ def _take_out(value: Any, path: Path_, *, missing: bool) -> None:
 
 def _touches(contradiction: Contradiction, bad: tuple[str, ...]) -> bool:
     keys = (contradiction.key, *contradiction.others)
-    return any(
-        f"{key}.".startswith(f"{wrong}.") or f"{wrong}.".startswith(f"{key}.")
-        for key in keys
-        for wrong in bad
-    )
+    return any(f"{key}.".startswith(f"{wrong}.") or f"{wrong}.".startswith(f"{key}.") for key in keys for wrong in bad)
 
 
 def _placed(contradiction: Contradiction, document: Document) -> Problem:

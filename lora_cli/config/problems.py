@@ -68,17 +68,13 @@ def _problem(kind: str, path: Path_, document: Document, allowed: Allowed) -> Pr
     written = mark.written if mark is not None else ""
     words = allowed.words(path)
     if kind in ("too_short", "string_too_short"):
-        return Problem(
-            dotted(path), f"{written or 'the value'} is empty", words, _value_place(document, path)
-        )
+        return Problem(dotted(path), f"{written or 'the value'} is empty", words, _value_place(document, path))
     if kind.startswith(("greater_than", "less_than")):
         return Problem(dotted(path), f"{written} is out of range", words, _value_place(document, path))
     noun = "a finite number" if kind == "finite_number" else allowed.kind(path)
     choices = allowed.choices(path)
     message = f"{written or 'nothing'} is not {noun if noun and not choices else 'allowed here'}"
-    return Problem(
-        dotted(path), message, _hint(written.strip('"'), choices, words), _value_place(document, path)
-    )
+    return Problem(dotted(path), message, _hint(written.strip('"'), choices, words), _value_place(document, path))
 
 
 def _hint(written: str, choices: list[str], words: str) -> str:

@@ -58,9 +58,7 @@ def _sources(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 def _absolute(path_or_id: str) -> str:
     """A path as absolute; a hub id as it is. What exists here, looks relative or ends like data is a path."""
     local = (
-        path_or_id.startswith(("./", "../"))
-        or path_or_id.lower().endswith(_DATA_SUFFIXES)
-        or Path(path_or_id).exists()
+        path_or_id.startswith(("./", "../")) or path_or_id.lower().endswith(_DATA_SUFFIXES) or Path(path_or_id).exists()
     )
     return str(Path(path_or_id).absolute()) if local else path_or_id
 

@@ -31,8 +31,7 @@ KEYS: dict[str, str] = {
     "adapter.lora_alpha": "alpha lora_scaling",
     "adapter.lora_dropout": "dropout",
     "adapter.target_modules": (
-        "lora_target lora_target_modules lora_target_linear lora_attn_modules apply_lora_to_mlp "
-        "lora_layers targets"
+        "lora_target lora_target_modules lora_target_linear lora_attn_modules apply_lora_to_mlp lora_layers targets"
     ),
     "adapter.modules_to_save": "lora_modules_to_save additional_target",
     "adapter.use_dora": "peft_use_dora dora",
@@ -59,9 +58,7 @@ KEYS: dict[str, str] = {
         "train_on_inputs train_on_input train_on_source completion_only_loss assistant_only_loss "
         "roles_to_train train_on_responses_only mask_history mask_prompt"
     ),
-    "data.columns": (
-        "dataset_text_field column_map field_messages field_instruction message_property_mappings tags"
-    ),
+    "data.columns": ("dataset_text_field column_map field_messages field_instruction message_property_mappings tags"),
     "data.chat_template": "chat_template_jinja chat_template_path template",
     "data.cache": "dataset_prepared_path overwrite_cache tokenized_path",
     "train": "training trainer training_args training_arguments sft hyperparameters",

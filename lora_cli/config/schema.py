@@ -66,9 +66,7 @@ class ModelConfig(Section):
     quantization: QuantizationConfig | None = None
     """{type: nf4}, fp4 or int8 for a quantized base, or null. nf4 makes it QLoRA."""
 
-    attn_implementation: Literal[
-        "auto", "documents", "sdpa", "eager", "flash_attention_2", "flex_attention"
-    ] = "auto"
+    attn_implementation: Literal["auto", "documents", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     """The attention operator, by transformers' names. auto is documents, which keeps packed examples
     apart, where it is proven."""
 
@@ -85,9 +83,7 @@ class AdapterConfig(Section):
     r: Count = 16
     """Rank of the update."""
 
-    lora_alpha: Alpha = Field(
-        default_factory=lambda data: 2 * data.get("r", 1), json_schema_extra={"default": None}
-    )
+    lora_alpha: Alpha = Field(default_factory=lambda data: 2 * data.get("r", 1), json_schema_extra={"default": None})
     """Scale of the update is lora_alpha / r; null is twice r."""
 
     lora_dropout: BelowOne = 0.0

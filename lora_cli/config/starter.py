@@ -87,7 +87,5 @@ def _scalar(text: str) -> str:
     """`text` as YAML: bare where it is clearly text, in double quotes otherwise."""
     plain = re.fullmatch(r"[A-Za-z./~_][\w./@+-]*", text) is not None
     return (
-        text
-        if plain and text.lower() not in ("true", "false", "null", "~")
-        else json.dumps(text, ensure_ascii=False)
+        text if plain and text.lower() not in ("true", "false", "null", "~") else json.dumps(text, ensure_ascii=False)
     )

@@ -55,7 +55,7 @@ def chunked_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> 
     rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
     if not torch.is_grad_enabled():
         return torch.stack([piece.sum() for piece in _token_losses(hidden_SM, head, batch.targets, rows)]).sum()
-    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, *parameters)
+    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, *parameters)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -176,7 +176,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *parameter_grads = ctx.saved_tensors
         return (hidden_grad * grad.to(hidden_grad.dtype), None, None, None, *(g * grad for g in parameter_grads))
 

@@ -27,6 +27,8 @@ WINDOW = 5
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner", "ffn_dim")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+_CHUNKS = ("chunk_size", "mamba_chunk_size")
+"""Rows that a recurrent layer takes at once, padded up to: they change nothing but time."""
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """Ids that the copy's vocabulary has, below those that its documents are made of."""
 
@@ -82,6 +84,8 @@ def _shorter(config: PretrainedConfig, depth: int) -> PretrainedConfig:
             setattr(text, name, _TOKENS[name])
         elif name in _WINDOWS and isinstance(value, int):
             setattr(text, name, WINDOW)
+        elif name in _CHUNKS and isinstance(value, int):
+            setattr(text, name, 8)
     text.num_hidden_layers = depth
     for tower in small.sub_configs:
         other = getattr(small, tower)

@@ -145,14 +145,12 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
         ),
         memory=None,
         writes=_writes(resolved, parameters.trainable, steps),
-        warnings=tuple(
-            [
-                *position_warnings,
-                *target_warnings,
-                *train.account.warnings,
-                *(validation.account.warnings if validation else ()),
-                *_dropout_warnings(model),
-            ]
+        warnings=(
+            *position_warnings,
+            *target_warnings,
+            *train.account.warnings,
+            *(validation.account.warnings if validation else ()),
+            *_dropout_warnings(model),
         ),
     )
     return Prepared(resolved, architecture, tokenizer, stops, train, validation, proof, plan)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_cli.errors import RunFolderError
 from lora_cli.report.comparison import Evaluation
-from lora_cli.runs.atomic import sync_folder, write_json
+from lora_cli.runs.atomic import sync, write_json
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, rows: Mapping[str, Sequence[Any]]) -> None:
@@ -35,7 +35,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, rows: Mapping[str, Se
         if folder.exists():
             os.rename(folder, old)
         os.rename(temporary, folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise RunFolderError(f"{folder.absolute()} can't be written: {error.strerror}") from error
     shutil.rmtree(old, ignore_errors=True)

@@ -58,7 +58,7 @@ def lora_config(base: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
 
     targets = adapter.target_modules
     exclude: str | list[str] | None = _as_peft(adapter.exclude_modules)
-    outside = linear_modules_outside_language_model(base) if targets == "all-linear" else []
+    outside = [*linear_modules_outside_language_model(base), *_routers(base)] if targets == "all-linear" else []
     if outside:
         # PEFT takes a list of names or one expression, not both.
         names = [*outside, *([exclude] if isinstance(exclude, str) else exclude or [])]
@@ -170,11 +170,17 @@ def unreached_by_all_linear(base: PreTrainedModel) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _routers(base: PreTrainedModel) -> list[str]:
+    """Names of routers that are made as linear layers, in Llama 4 and PhiMoE: they give tuples, which LoRA can't wrap."""
+    return [name for name, module in base.named_modules() if type(module).__name__.endswith("Router")]
+
+
 def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can be put around it as around a linear layer."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear | Conv1D) and not type(module).__name__.endswith("Router")
 
 
 def _offer(base: PreTrainedModel) -> str:

@@ -81,7 +81,7 @@ class _Pretend(TorchFunctionMode):
         if func is _BACKWARD:
             # PyTorch suspends this mode within the call; recomputed layers need it.
             with self._during("backward"), self:
-                return torch.autograd.backward(args[0], *args[1:], **kwargs)
+                return _backward(*args, **kwargs)
         if func is Tensor.tolist and args[0].is_meta:
             return torch.zeros(args[0].shape).tolist()
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], torch.device | str):
@@ -99,6 +99,12 @@ class _Pretend(TorchFunctionMode):
         """Where a tensor that is asked for on the target's device has to go."""
         wanted = torch.device(device)
         return _META if wanted.type == self._device.type else wanted
+
+
+def _backward(
+    loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
