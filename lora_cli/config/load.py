@@ -70,7 +70,7 @@ def _read_file(path: Path) -> Document:
     if len(raw) > MAX_BYTES:
         raise UserError(f"{where} is over 1 MiB, too large for a config", remedy="Give the YAML file of the run.")
     try:
-        return read_document(raw.decode("utf-8"), path)
+        return read_document(raw.decode("utf-8-sig"), path)
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), (_not_utf8(raw, error, path),)) from None
 

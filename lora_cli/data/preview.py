@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 16
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4  # in UTF-8
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,20 @@ def _notes(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, stop_token_id
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
     """What each token adds to the decoded text.
 
-    Decoded with the token before it, as some tokenizers drop the space that begins a lone token. A character
+    Decoded with the tokens before it, as some tokenizers drop the space that begins a lone token. A character
     that is spread over several tokens is shown at the last of them.
     """
     texts: list[str] = []
-    start, context = 0, ""
+    known, fresh = 0, 0  # where the tokens begin that are decoded for context, and those that are new
+    context = ""
     for position in range(len(ids)):
-        decoded = _decoded(tokenizer, ids[start : position + 1])
-        if decoded.endswith(_UNFINISHED) and position + 1 < len(ids) and position - start < 8:
+        decoded = _decoded(tokenizer, ids[known : position + 1])
+        if decoded.endswith(_UNFINISHED) and position + 1 < len(ids) and position - fresh < _LONGEST_CHARACTER:
             texts.append("")
             continue
         texts.append(decoded[len(context) :])
-        start, context = position, _decoded(tokenizer, ids[position : position + 1])
+        context = _decoded(tokenizer, ids[fresh : position + 1])
+        known, fresh = fresh, position + 1
     return tuple(texts)
 
 

@@ -188,8 +188,6 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, document_attention)
-    if model.config._attn_implementation == name:
-        return
     try:
         model.set_attn_implementation(name)
     except ValueError as error:

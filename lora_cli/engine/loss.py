@@ -87,7 +87,9 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
         NoHead: the model doesn't name one.
     """
     backbone = model.get_decoder()  # not the `base_model`: OPT's forward calls the decoder inside it
-    if not isinstance(backbone, nn.Module) or backbone is model:
+    if backbone is model:  # Llama 4 keeps it under another name than the one that it announces
+        backbone = model._modules.get("model")
+    if not isinstance(backbone, nn.Module):
         raise NoHead(f"{type(model).__name__} names no backbone")
     return backbone
 

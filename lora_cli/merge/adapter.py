@@ -8,7 +8,7 @@ merged. Knows nothing about the base's files.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +60,17 @@ class AdaptedModel:
     """Each tensor of the adapter under its name in the PEFT model, as it was saved."""
     base_paths: dict[int, str]
     """The path in the base of each of the base's modules, by identity."""
+    twins: set[str] = field(default_factory=set)
+    """Values that stand for a tied module's, and are its own."""
     units: tuple[Unit, ...] = ()
     replaced: dict[str, str] = field(default_factory=dict)
     """Parameters of the base that were trained themselves (biases), and which value takes their place."""
     copies: dict[str, str] = field(default_factory=dict)
     """Parameters of the base that PEFT saved beside the adapter, unchanged, and their copy."""
+
+    def unused(self, used: Set[str]) -> list[str]:
+        """Values that should have gone into the merge, and are not among `used`."""
+        return sorted(self.values.keys() - self.twins - set(self.copies.values()) - used)
 
     @property
     def keeps_ties(self) -> bool:
@@ -220,6 +226,7 @@ def _share_tied(adapted: AdaptedModel) -> None:
     for name, parameter in parameters.items():
         if name not in adapted.values and id(parameter) in by_identity:
             adapted.values[name] = by_identity[id(parameter)]
+            adapted.twins.add(name)
 
 
 def _check_fit(adapted: AdaptedModel, folder: Path) -> None:

@@ -10,11 +10,10 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses larger ones, too."""
 _FLUSH_EVERY = 128 * 2**20
-"""Bytes after which the system is asked to begin writing, so that the flush at the end finds little left to do."""
+"""Bytes after which a flush begins, so that the last one finds little left to do."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,13 @@ class Slot:
 class ShardWriter:
     """One safetensors file, written front to back: the header first, as every size is known, then its tensors."""
 
-    def __init__(self, path: Path, slots: Iterable[Slot]) -> None:
+    def __init__(self, path: Path, slots: Iterable[Slot], flush: Callable[[int], None]) -> None:
+        """`flush` is given the file's descriptor now and then, to begin writing out what was written so far."""
         self.path = path
         self._slots = list(slots)
         self._next = 0
+        self._flush = flush
+        self._unflushed = 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for slot in self._slots:
@@ -139,24 +141,22 @@ class ShardWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # what follows stays aligned
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        self._unflushed = 0
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - it outlives this function
         self._write(struct.pack("<Q", len(text)) + text)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Flush and close the file; every tensor is in it."""
+        assert self._next == len(self._slots), f"{len(self._slots) - self._next} tensors were never written"
         try:
-            if error is None:
-                assert self._next == len(self._slots), f"{len(self._slots) - self._next} tensors were never written"
-                os.fsync(self._file.fileno())
-        except OSError as failure:
-            raise explain(failure, self.path) from failure
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise explain(error, self.path) from error
         finally:
             self._file.close()
+
+    def abandon(self) -> None:
+        """Close the file as it is; it will be thrown away."""
+        self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor."""
@@ -200,8 +200,7 @@ class ShardWriter:
     def _written(self, count: int) -> None:
         self._unflushed += count
         if self._unflushed >= _FLUSH_EVERY:
-            # The kernel takes this as the order to write out what it holds, and returns without waiting.
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._flush(self._file.fileno())
             self._unflushed = 0
 
 

@@ -51,7 +51,8 @@ def _losses(summary: Summary) -> str:
 
 
 def _memory(summary: Summary, plan: Plan | None) -> str:
-    peak = f"peak {numbers.gib(summary.peak_memory_bytes)} of tensors"
+    tensors = plan is not None and plan.engine.device == "cuda"
+    peak = f"peak {numbers.gib(summary.peak_memory_bytes)}{' of tensors' if tensors else ', the whole process'}"
     if plan is None or plan.memory is None:
         return peak
     return f"{peak}; {numbers.gib(plan.memory.process_bytes)} estimated for the whole process"

@@ -85,7 +85,7 @@ def _tokens(data: DataAccount) -> str:
 def _steps(steps: Steps) -> str:
     epochs = f"{steps.epochs:g}" if steps.epochs == int(steps.epochs) else f"{steps.epochs:.2f}"
     count = numbers.counts(steps.total)
-    if steps.total == steps.per_epoch * steps.epochs:
+    if steps.epochs >= 1 and steps.total % steps.per_epoch == 0:
         count += f" = {numbers.counted(int(steps.epochs), 'epoch')} x {numbers.counts(steps.per_epoch)}"
     else:
         count += f", {epochs} epochs of {numbers.counts(steps.per_epoch)}"

@@ -26,21 +26,24 @@ _META = torch.device("meta")
 _GET_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
-_BACKWARD = Tensor.backward
 
 
 @contextmanager
-def pretend(target: Target, during: Callable[[str], Any]) -> Iterator[None]:
-    """Within it, `meta` is the target.
-
-    Args:
-        during: a context manager for the phase that begins, `backward`.
-    """
+def pretend(target: Target) -> Iterator[None]:
+    """Within it, `meta` is the target."""
     with ExitStack() as stack:
         if target.kind == "cuda":
             for name, answer in _answers(target).items():
                 stack.enter_context(mock.patch(name, answer))
-        stack.enter_context(_Pretend(target, during))
+        mode = _Pretend(target)
+        run_backward = torch.autograd._engine_run_backward
+
+        def with_mode(*args: Any, **kwargs: Any) -> Any:
+            with mode:  # which PyTorch suspends within `backward`, while recomputed layers need it
+                return run_backward(*args, **kwargs)
+
+        stack.enter_context(mock.patch("torch.autograd._engine_run_backward", with_mode))
+        stack.enter_context(mode)
         yield
 
 
@@ -57,11 +60,10 @@ def _answers(target: Target) -> dict[str, Callable[..., Any]]:
 
 
 class _Pretend(TorchFunctionMode):
-    def __init__(self, target: Target, during: Callable[[str], Any]) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
         self._device = target.device
         self._target = target
-        self._during = during
         self._composites = _COMPOSITES if target.kind == "cuda" else {}
         self._weight_casts: dict[int, Tensor] = {}
 
@@ -78,10 +80,6 @@ class _Pretend(TorchFunctionMode):
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": self._really(kwargs["device"])}
-        if func is _BACKWARD:
-            # PyTorch suspends this mode within the call; recomputed layers need it.
-            with self._during("backward"), self:
-                return _backward(*args, **kwargs)
         if func is Tensor.tolist and args[0].is_meta:
             return torch.zeros(args[0].shape).tolist()
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], torch.device | str):
@@ -99,12 +97,6 @@ class _Pretend(TorchFunctionMode):
         """Where a tensor that is asked for on the target's device has to go."""
         wanted = torch.device(device)
         return _META if wanted.type == self._device.type else wanted
-
-
-def _backward(
-    loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
-) -> None:
-    torch.autograd.backward(loss, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

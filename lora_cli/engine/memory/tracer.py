@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,20 @@ class Tracer(TorchDispatchMode):
     def __enter__(self) -> Tracer:
         gc.collect()
         gc.disable()
+        run_backward = torch.autograd._engine_run_backward
+
+        def in_phase(*args: Any, **kwargs: Any) -> Any:
+            with self.during("backward") if kwargs.get("accumulate_grad") else nullcontext():
+                return run_backward(*args, **kwargs)
+
+        self._patch = mock.patch("torch.autograd._engine_run_backward", in_phase)
+        self._patch.start()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
+        self._patch.stop()
         gc.enable()
 
     def __torch_dispatch__(

@@ -81,7 +81,7 @@ def test_thinking_tools_and_calls_are_kept() -> None:
         ({"messages": ["hi"]}, r't:1: messages\[0\] is "hi"'),
         (
             {"messages": [{"role": "narrator", "content": "a"}]},
-            r't:1: messages\[0\].role is "narrator", an unknown role',
+            r't:1: messages\[0\].role is "narrator", an unknown',
         ),
         ({"messages": [{"content": "a"}]}, r"t:1: messages\[0\].role is null"),
         ({"messages": [ASK, {"role": "assistant", "content": None}]}, r"t:1: messages\[1\].content is null"),

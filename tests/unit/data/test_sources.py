@@ -112,7 +112,7 @@ BAD = [
     (
         "zip.jsonl",
         gzip.compress(LINES),
-        r"compressed with gzip, although its name says \.jsonl\nName it zip\.jsonl\.gz",
+        r"compressed with gzip, although its name says \.jsonl\nName it zip\.jsonl\.",
     ),
     ("cut.jsonl.gz", gzip.compress(LINES * 1000)[:-20], r"cut\.jsonl\.gz: can't be read past line"),
     ("plain.jsonl.gz", LINES, r"plain\.jsonl\.gz: can't be read"),
