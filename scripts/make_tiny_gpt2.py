@@ -69,7 +69,8 @@ def build_tiny_gpt2(
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    pretrain(model, tokenizer, pretrain_steps, Random(seed))
+    if pretrain_steps:
+        pretrain(model, tokenizer, pretrain_steps, Random(seed))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -106,7 +107,7 @@ def train_tokenizer(random: Random) -> PreTrainedTokenizerFast:
 
 
 def pretrain(model: nn.Module, tokenizer: PreTrainedTokenizerFast, steps: int, random: Random) -> None:
-    """Teach the model to answer `small_talk`: Muon for the weight matrices of the layers, Adam for the rest."""
+    """Teach the model to answer `small_talk`. Muon moves the layers' weight matrices, Adam the rest."""
     matrices = [p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
     others = [p for name, p in model.named_parameters() if ".h." not in name or p.ndim != 2]
     optimizers = (Muon(matrices, lr=2e-2), torch.optim.Adam(others, lr=3e-3, betas=(0.9, 0.98)))

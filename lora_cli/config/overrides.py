@@ -33,8 +33,6 @@ def apply_override(override: str, document: Document) -> None:
     else:
         document.problems.append(Problem(key, f"{dotted(steps[:-1])} is not a mapping", "set it as a whole"))
         return
-    for old in [path for path in document.marks if path[: len(steps)] == steps]:
-        del document.marks[old]
     document.marks[steps] = Mark(None, None, "null")
     document.marks.update({(*steps, *path): mark for path, mark in read.marks.items()})
 

@@ -211,10 +211,15 @@ def open_file(path: Path) -> File:
     """The rows of a local file, by its name's ending.
 
     Raises:
-        DataError: the ending is none that can be read, or the file is empty.
+        DataError: the ending is none that can be read, or the file is empty or closed to us.
     """
     plain = Path(path.stem) if path.suffix in COMPRESSED else Path(path.name)
-    if path.stat().st_size == 0:
+    try:
+        with open(path, "rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror}") from error
+    if empty:
         raise DataError(f"{path}: the file is empty")
     match plain.suffix.lower():
         case ".jsonl" | ".ndjson":

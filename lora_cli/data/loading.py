@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_cli.config import DataConfig, Source
 from lora_cli.data.account import SourceTally, Tally, account_of, refuse_nothing
-from lora_cli.data.cache import Cache, cache_folder, code_version, key_of, tokenizer_fingerprint
+from lora_cli.data.cache import Cache, Entry, cache_folder, code_version, key_of, tokenizer_fingerprint
 from lora_cli.data.examples import Examples, PickedPlaces, RowPlaces
 from lora_cli.data.files import File, Row, Rows
 from lora_cli.data.formats import RowReader, find_format
@@ -175,17 +175,25 @@ class _Loader:
         key = self._key(source, wanted)
         entry = self._cache.find(key)
         if entry is None:
-            folder = self._cache.begin()
-            store = ArrayStore(folder)
             try:
-                tally = self._tokenize(source, wanted, store)
-                store.close()
-                content = {"tally": asdict(tally), "fingerprint": store.fingerprint()}
-                entry = self._cache.complete(folder, key, content)
-            finally:
-                store.discard()
-                shutil.rmtree(folder, ignore_errors=True)
+                entry = self._write_entry(self._cache, key, source, wanted)
+            except OSError as error:
+                raise DataError(
+                    f"{self._cache.folder}: tokenized data can't be kept here: {error.strerror}",
+                    remedy="Name another folder in the environment as LORA_CACHE_DIR, or set data.cache: false.",
+                ) from error
         return Part(source, entry.arrays, Tally(**entry.meta["tally"]), entry.meta["fingerprint"])
+
+    def _write_entry(self, cache: Cache, key: str, source: OpenSource, wanted: NDArray[np.bool_] | None) -> Entry:
+        folder = cache.begin()
+        store = ArrayStore(folder)
+        try:
+            tally = self._tokenize(source, wanted, store)
+            store.close()
+            return cache.complete(folder, key, {"tally": asdict(tally), "fingerprint": store.fingerprint()})
+        finally:
+            store.discard()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _tokenize(self, source: OpenSource, wanted: NDArray[np.bool_] | None, store: ArrayStore) -> Tally:
         data = self._data

@@ -37,6 +37,9 @@ def load_model(
     dtype = torch.float32 if full else computation.dtype
     base = load_base(config.model, architecture, device=device, dtype=dtype, attention=computation.attention)
     base.config.use_cache = False
+    text = base.config.get_text_config()
+    if "output_router_logits" in vars(text):
+        text.output_router_logits = False  # a router's auxiliary loss is not a mean over tokens: it would depend on packing
     return base
 
 

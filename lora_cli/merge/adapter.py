@@ -98,7 +98,7 @@ class AdaptedModel:
             raise ModelError(f"{unit.name}: PEFT can't merge it: {str(error).splitlines()[0]}") from error
 
     @contextmanager
-    def filled(self, unit: Unit, base: Mapping[str, Tensor]) -> Iterator[None]:
+    def filled(self, unit: Unit, base: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Iterator[None]:
         """Within it, `unit` has real parameters: those of `base` and its own, in float32."""
         held: list[tuple[nn.Module, str, nn.Parameter]] = []
 
@@ -109,7 +109,7 @@ class AdaptedModel:
         try:
             for name in unit.tensors:
                 owner, _, leaf = name.rpartition(".")
-                put(self.model.get_submodule(owner), leaf, self.values[name].float())
+                put(self.model.get_submodule(owner), leaf, self.values[name].to(device, torch.float32))
             for owner_name, owner in unit.module.named_modules():
                 path = self.base_paths.get(id(owner))
                 for leaf in list(owner._parameters) if path is not None else ():
@@ -120,6 +120,15 @@ class AdaptedModel:
         finally:
             for owner, leaf, parameter in reversed(held):
                 owner._parameters[leaf] = parameter
+
+    def base_parameters(self, unit: Unit) -> list[str]:
+        """All parameters of the base inside `unit`."""
+        found = []
+        for module in unit.module.modules():
+            path = self.base_paths.get(id(module))
+            leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
+            found += [f"{path}.{leaf}" for leaf in leaves if path is not None]
+        return found
 
     def _base_parameter(self, unit: Unit, name: str) -> nn.Parameter:
         path, _, leaf = name.rpartition(".")

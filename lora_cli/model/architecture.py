@@ -14,6 +14,7 @@ from lora_cli.config import ModelConfig
 from lora_cli.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -45,7 +46,13 @@ def read_architecture(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_on_meta(
+    config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
     """The model of `config` on the `meta` device: every shape and dtype, no storage.
 
     Raises:
@@ -59,6 +66,8 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),  # building resolves settings in it, which loading should resolve anew
                 trust_remote_code=trust_remote_code,
+                **({"dtype": dtype} if dtype is not None else {}),
+                **({"attn_implementation": attention} if attention is not None else {}),
             )
     except (ValueError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ModelError(

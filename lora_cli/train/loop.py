@@ -138,14 +138,15 @@ class Loop:
             progress=lambda done, of: self.emit(Working("evaluating", done, of, "rows")),
         )
         loss = float(losses.sum() / self.validation.supervised.sum())
-        best = position.best_eval_loss is None or loss < position.best_eval_loss
+        # The base itself, at step 0, is where the run starts from and never its result.
+        best = position.step > 0 and (position.best_eval_loss is None or loss < position.best_eval_loss)
         position.eval_losses.append([position.step, loss])
-        position.evals_since_best = 0 if best else position.evals_since_best + 1
+        position.evals_since_best = 0 if best or not position.step else position.evals_since_best + 1
         if best:
             position.best_eval_loss, position.best_step = loss, position.step
         self._write({"step": position.step, "eval_loss": loss})
         self.emit(Evaluated(position.step, loss, best))
-        if best and position.step and self.config.train.load_best_model_at_end:
+        if best and self.config.train.load_best_model_at_end:
             self.save()
         patience = self.config.train.early_stopping_patience
         if patience is not None and position.evals_since_best >= patience and position.step < self.plan.steps.total:
@@ -157,7 +158,7 @@ class Loop:
             self.position.metrics_bytes = self.folder.metrics_size()
             path = save_checkpoint(self.folder, self.learner, self.position, self.train.fingerprint)
             keep_best = self.position.best_step if self.config.train.load_best_model_at_end else None
-            prune_checkpoints(self.folder, self.config.train.save_total_limit, keep_best or None)
+            prune_checkpoints(self.folder, self.config.train.save_total_limit, keep_best)
             self.emit(Saved(self.position.step, path))
         self._saved_at = time.monotonic()
         self.world.wait()
@@ -172,7 +173,8 @@ class Loop:
 
     def _seed(self, step: int) -> None:
         """Dropout is drawn anew for each step and process, so that a resumed run needs no stored generator."""
-        torch.manual_seed(hash((self.config.train.seed, step, self.world.rank)))
+        seeds = np.random.SeedSequence((self.config.train.seed, step, self.world.rank))
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
 
     def _account(self, step: int, result: StepResult, tokens: int, supervised: int, seconds: float) -> None:
         position, total = self.position, self.plan.steps.total

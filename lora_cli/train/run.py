@@ -74,7 +74,7 @@ def _run(folder: RunFolder, prepared: Prepared, world: World, resume: bool, emit
     if not config.model.resize_embeddings:
         check_against_plan(model, prepared.plan)
     learner = _learner(model, prepared, world)
-    position = _start(folder, learner, prepared, resume)
+    position = _start(folder, learner, prepared, resume, emit)
     trackers = start_trackers(config, str(folder.path), flat_settings(config)) if world.is_main else Trackers()
     loop = Loop(
         config, prepared.plan, learner, prepared.train, prepared.validation, world, folder, position, emit, trackers
@@ -83,11 +83,18 @@ def _run(folder: RunFolder, prepared: Prepared, world: World, resume: bool, emit
         loop.run()
     finally:
         trackers.finish()
-    if config.train.load_best_model_at_end and position.best_step:
+    _say_if_worse(position, emit)
+    if config.train.load_best_model_at_end and position.best_step is not None:
         load_parameters(folder.checkpoint(position.best_step), learner.parameters)
     summary = write_results(folder, model, prepared, loop, emit)
     emit(Finished(summary))
     return summary
+
+
+def _say_if_worse(position: Position, emit: Emit) -> None:
+    if position.best_eval_loss is not None and position.best_eval_loss >= position.eval_losses[0][1]:
+        base = position.eval_losses[0][1]
+        emit(Warned(f"no evaluation was better than the base's {base:.4f}; the best was {position.best_eval_loss:.4f}"))
 
 
 def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, world: World) -> Learner:
@@ -107,7 +114,7 @@ def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, world: Worl
     )
 
 
-def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool) -> Position:
+def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool, emit: Emit) -> Position:
     """Where the run begins: at its newest complete checkpoint when it is resumed, else before the first step.
 
     Raises:
@@ -127,6 +134,13 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
             remedy="Bring the data back as it was, or start anew with --output-dir.",
         )
     folder.cut_metrics(position.metrics_bytes)
+    if position.threads != torch.get_num_threads():
+        emit(
+            Warned(
+                f"{torch.get_num_threads()} threads instead of {position.threads}: sums are ordered otherwise, and the "
+                "last digits will differ from those of an uninterrupted run"
+            )
+        )
     return position
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.engine.memory.scratch import Scratch
+from lora_cli.engine.memory.shapes import KnownShapes
 from lora_cli.engine.memory.trace import Birth, Trace
 
 aten = torch.ops.aten
@@ -47,9 +48,9 @@ class Tracer(TorchDispatchMode):
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._sum: _Sum | None = None
+        self._shapes = KnownShapes() if device_type == "meta" else None
 
     def __enter__(self) -> Tracer:
-        gc.collect()
         gc.disable()
         run_backward = torch.autograd._engine_run_backward
 
@@ -74,7 +75,7 @@ class Tracer(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return _zero(args[0].dtype)
         sizes = self._scratch.sizes(func, args)
-        result = func(*args, **kwargs)
+        result = self._shapes.run(func, args, kwargs) if self._shapes is not None else func(*args, **kwargs)
         if type(result) is Tensor:
             self._see(result, func, args)
         elif isinstance(result, tuple | list):

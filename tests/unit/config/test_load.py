@@ -112,8 +112,10 @@ def test_files_that_are_no_config(problems, content, message, place):
     assert place is None or at(problem) == place
 
 
-def test_a_byte_order_mark_is_no_mistake(write):
+def test_a_byte_order_mark_is_no_mistake_and_takes_no_column(write, problems):
     assert load_config(write(b"\xef\xbb\xbf" + MINIMAL.encode())).output_dir == "out"
+    (problem,) = problems(b"\xef\xbb\xbftrain: 33\n" + MINIMAL.encode())
+    assert (problem.message, at(problem)) == ("33 is not a mapping", (1, 8))
 
 
 def test_missing_file_folder_and_huge_file(tmp_path):
@@ -183,11 +185,11 @@ def test_broken_overrides_are_problems_without_a_place(problems, override):
 
 
 def test_contradictions_wait_for_the_values_they_depend_on(problems):
-    found = problems(MINIMAL + "train: {load_best_model_at_end: true, eval_steps: often}\n")
-    assert {each.key for each in found} == {"train.eval_steps", "train.load_best_model_at_end"}
-    assert not any("only one evaluation" in each.message for each in found)
-    (only,) = problems(MINIMAL.replace("a.jsonl", "a.jsonl, validation: lots of") + "adapter: {r: x, use_dora: true}\n")
-    assert only.key == "adapter.r"
+    validated = MINIMAL.replace("a.jsonl", "a.jsonl, validation: 0.1")
+    (only,) = problems(validated + "train: {load_best_model_at_end: true, eval_steps: often}\n")
+    assert only.key == "train.eval_steps"
+    (only,) = problems(MINIMAL.replace("a.jsonl", "a.jsonl, validation: 2") + "train: {eval_steps: 5}\n")
+    assert only.key == "data.validation"
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.config import DataConfig
 from tests.unit.data.templates import Style
+
+# Examples share two cores with other tests: a slow one is no failure.
+settings.register_profile("data", deadline=None)
+settings.load_profile("data")
 
 _PARAGRAPH = """
 The assistant reads a question and answers it in a few words. A user asks what a date looks like in another

@@ -390,6 +390,17 @@ def test_a_failure_leaves_nothing_behind(write_rows: WriteRows, cache: Path) -> 
     assert entries(cache) == set()
 
 
+def test_a_cache_that_can_not_be_written(
+    write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(
+        DataError, match=r"file/tokenized: tokenized data can't be kept here: Not a directory\n.*data.cache"
+    ):
+        load(config(write_rows(chat("q", "a")), cache=True))
+
+
 def _load_and_sum(path: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
     examples, _ = load(config(path, cache=True))

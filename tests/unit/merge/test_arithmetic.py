@@ -65,7 +65,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
     ("llama-tied", {"target_modules": ["embed_tokens"], "use_dora": True}),
     ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
-    ("gemma", {"target_modules": "all-linear", "layers_to_transform": [1]}),
+    ("gemma", {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1]}),
     ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
     (
         "mixtral",

@@ -1,0 +1,129 @@
+"""A base model on `meta` that has gone through what loading does to the card's memory.
+
+The order is that of transformers' loader: one block as large as all weights, taken and given back so that later
+requests are served from it; then tensor by tensor in the order of their names, each quantized on the card where the
+config says so, by bitsandbytes' own code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.config import QuantizationConfig
+from lora_cli.engine.memory.scratch import register_bitsandbytes
+from lora_cli.engine.memory.tracer import Tracer
+from lora_cli.model.architecture import build_on_meta
+from lora_cli.model.weights import bitsandbytes_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_on_meta(
+    architecture: PretrainedConfig,
+    tracer: Tracer,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: QuantizationConfig | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The base, frozen; call it while `tracer` records and `meta` pretends to be the target."""
+    model = build_on_meta(architecture, trust_remote_code=trust_remote_code, dtype=dtype, attention=attention)
+    model.requires_grad_(False)
+    names = _place_quantized_layers(model, quantization, dtype) if quantization is not None else set()
+    # The loader counts tied weights once, and half a byte for each value of a 4-bit weight.
+    packed_bytes = 1.0 if quantization is not None and quantization.type == "int8" else 0.5
+    sizes = (p.numel() * (packed_bytes if n in names else p.element_size()) for n, p in model.named_parameters())
+    tracer.take_and_give_back([int(sum(sizes)) // 2 * 2], "transformers' warm-up")
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: _natural(item[0])):
+        if name in names:
+            _quantize(model.get_submodule(name.rpartition(".")[0]), dtype)
+        else:
+            tracer.register([parameter], "other weights")
+    tracer.register(model.buffers(), "other weights")
+    label_weights(model, tracer)
+    return model
+
+
+def label_weights(model: nn.Module, tracer: Tracer) -> None:
+    """Tell the tracer which storages hold weights, and of which sort."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            tracer.register([parameter], "trainable weights")
+            continue
+        state = _quantization_state(parameter)
+        tracer.register([parameter], "quantized weights" if state else "other weights")
+        tracer.register(state, "quantization state")
+
+
+def _place_quantized_layers(model: PreTrainedModel, quantization: QuantizationConfig, dtype: torch.dtype) -> set[str]:
+    """Exchange the layers that bitsandbytes takes; the names of their weights."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import HfQuantizer
+
+    register_bitsandbytes()
+    settings = bitsandbytes_config(quantization, dtype)
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # type: ignore[no-untyped-call]
+    replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=settings)
+    model.is_loaded_in_4bit = quantization.type != "int8"
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+
+
+def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
+    """What loading does with one weight: it comes in the compute dtype, is quantized, and goes."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
+
+    rows, columns = module.out_features, module.in_features
+    if isinstance(module, Linear8bitLt):
+        values = torch.empty((rows, columns), dtype=torch.float16, device="meta")
+        scales = torch.empty(rows, dtype=torch.float32, device="meta")
+        packed = torch.empty((rows, columns), dtype=torch.int8, device="meta")
+        weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+        del values
+        module.weight = weight
+        return
+    old = module.weight
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())  # a table that must not be on meta
+    packed, state = functional.quantize_4bit(
+        torch.empty((rows, columns), dtype=dtype, device="meta"),
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+    )
+    module.weight = Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+        module=module,
+        bnb_quantized=True,
+    )
+    module.quant_state = state
+
+
+def _quantization_state(parameter: nn.Parameter) -> list[Tensor]:
+    """Scales and tables that belong to a quantized weight; nothing for other weights."""
+    found: list[Any] = []
+    state = vars(parameter).get("quant_state")
+    if state is not None:
+        found += [state.absmax, state.code, state.offset]
+        if state.nested:
+            found += [state.state2.absmax, state.state2.code]
+    found.append(vars(parameter).get("SCB"))
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,0 +1,84 @@
+"""What a merge came to, as frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+BaseChoice = Literal["original", "quantized"]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the logits of one model are from another's."""
+
+    largest: float
+    mean: float
+    kl: float
+    """Nats per position, from the reference to the other."""
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class ChosenBase:
+    """The weights that the adapter was merged into."""
+
+    base: BaseChoice
+    why: str
+    kl_original: float | None = None
+    """From the model as it was trained to a merge into the original weights; None where nothing was quantized."""
+    kl_quantized: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The merged model against base + adapter, on text."""
+
+    rows: str
+    positions: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    kl: float
+    top1_agreement: float
+    loss_base: float
+    loss_adapter: float
+    loss_merged: float
+    """Nats per scored token."""
+    tolerance: float
+    """For the largest logit difference: four times what rounding alone does."""
+    control: float
+    """Largest logit difference between the merged model and the base."""
+    verified: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `lora merge` did."""
+
+    output: str
+    """Where the result lies; not under the name asked for unless it is fit for use."""
+    tensors: int
+    changed: int
+    dtype: str
+    num_bytes: int
+    shards: int
+    base: ChosenBase
+    verification: Verification | None
+    """None when the numbers were not asked for."""
+    problem: str | None
+    """Why the answer is no: no effect, not verified."""
+    warnings: tuple[str, ...]
+    seconds: float
+    """Without imports and without verification."""
+    peak_memory_bytes: int
+    """Of the whole process."""
+
+    @property
+    def verified(self) -> bool | None:
+        if self.problem is not None:
+            return False
+        return None if self.verification is None else self.verification.verified
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "verified": self.verified}

@@ -1,0 +1,195 @@
+"""Whole runs on a CPU: a tiny GPT-2, a few ragged rows, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lora_cli
+from lora_cli import load_config
+from lora_cli.cli import main
+from lora_cli.config import Config
+from lora_cli.report.events import Event, Stepped, Summary, Warned
+from lora_cli.train import results, train
+from lora_cli.train import run as run_module
+
+ROOT = Path(lora_cli.__file__).parents[1]
+TRAIN_ROWS, HELDOUT_ROWS = 41, 6
+"""With batches of 8, the last step of an epoch has a single example."""
+
+VOLATILE = ("tokens_per_second", "peak_memory_bytes")
+"""What differs between two runs that are otherwise equal to the bit."""
+
+
+@dataclass
+class Run:
+    """A run that is over, and what it said."""
+
+    folder: Path
+    summary: Summary
+    events: list[Event] = field(default_factory=list)
+    model: Any = None
+    """The live model, adapter and all, as training left it."""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def training_lines(self) -> list[dict[str, Any]]:
+        return [line for line in self.metrics if "loss" in line]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self.metrics if "eval_loss" in line]
+
+    @property
+    def stable_metrics(self) -> list[dict[str, Any]]:
+        return [{key: value for key, value in line.items() if key not in VOLATILE} for line in self.metrics]
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each step."""
+        return [event.loss for event in self.events if isinstance(event, Stepped)]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [event.text for event in self.events if isinstance(event, Warned)]
+
+    @property
+    def adapter_bytes(self) -> bytes:
+        return adapter_bytes(self.folder)
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of 40,000 random parameters, with tokenizer and chat template."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from make_tiny_gpt2 import build_tiny_gpt2
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny_gpt2(folder, n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl and heldout.jsonl: conversations of one to three turns."""
+    folder = tmp_path_factory.mktemp("rows")
+    random = Random(0)
+    words = "the rent is due on a day of may when we met at noon and it rained all over town".split()
+
+    def said(most: int) -> str:
+        return " ".join(random.choices(words, k=random.randint(1, most)))
+
+    def conversation() -> str:
+        turns = range(random.randint(1, 3))
+        pairs = [({"role": "user", "content": said(9)}, {"role": "assistant", "content": said(6)}) for _ in turns]
+        return json.dumps({"messages": [message for pair in pairs for message in pair]}) + "\n"
+
+    (folder / "train.jsonl").write_text("".join(conversation() for _ in range(TRAIN_ROWS)))
+    (folder / "heldout.jsonl").write_text("".join(conversation() for _ in range(HELDOUT_ROWS)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Samples of a few tokens, no hub, a cache of its own, and one thread, on which bits depend."""
+    monkeypatch.setattr(results, "SAMPLE_TOKENS", 4)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "100")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny: Path, rows: Path) -> Callable[..., Path]:
+    """Write a small config into a folder, with sections changed; its path."""
+
+    def write(folder: Path, **sections: Any) -> Path:
+        config: dict[str, Any] = {
+            "model": {"name_or_path": str(tiny), "dtype": "float32"},
+            "data": {"train": str(rows / "train.jsonl"), "max_length": 96, "cache": False},
+            "train": {"max_steps": 8, "batch_size": 8, "learning_rate": 1e-2, "logging_steps": 3},
+            "output_dir": str(folder / "run"),
+        }
+        for name, value in sections.items():
+            merge = isinstance(value, dict) and isinstance(config.get(name), dict)
+            config[name] = {**config[name], **value} if merge else value
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, write_config: Callable[..., Path]) -> Path:
+    """tiny.yaml; its output_dir is `run` beside it."""
+    return write_config(tmp_path)
+
+
+@pytest.fixture
+def settings(config_file: Path) -> Callable[..., Config]:
+    """The config of tiny.yaml, with overrides as `--set` takes them."""
+    return lambda *overrides: load_config(config_file, overrides)
+
+
+@pytest.fixture
+def trained(settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Train tiny.yaml with overrides."""
+    models: list[Any] = []
+    make_trainable = run_module.make_trainable
+
+    def and_keep(*arguments: Any) -> Any:
+        models.append(make_trainable(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(run_module, "make_trainable", and_keep)
+
+    def start(*overrides: str, resume: bool = False, emit: Callable[[Event], None] | None = None) -> Run:
+        config = settings(*overrides)
+        events: list[Event] = []
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            if emit is not None:
+                emit(event)
+
+        summary = train(config, resume=resume, emit=hear)
+        return Run(Path(config.output_dir), summary, events, models[-1] if models else None)
+
+    return start
+
+
+@pytest.fixture
+def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `lora ARGUMENTS` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: str | os.PathLike[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora", *map(os.fspath, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return run
