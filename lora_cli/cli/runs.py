@@ -38,6 +38,13 @@ def evaluate(
     target: Target,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Rows to evaluate on.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Generate answers as well.")] = False,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="Judge this one, too. May be repeated.")
+    ] = None,
+    base: Annotated[
+        Literal["trained", "original", "both"],
+        typer.Option(help="The base quantized as in training, or its original weights."),
+    ] = "trained",
     limit: Annotated[
         int | None, typer.Option("-n", min=1, metavar="N", help="At most so many rows, drawn by the seed.")
     ] = None,
@@ -66,6 +73,8 @@ def evaluate(
             data=data,
             generate=generate,
             overrides=set_ or (),
+            adapters=adapter or (),
+            base=base,
             limit=limit,
             max_new_tokens=max_new_tokens,
             min_improvement=min_improvement,
@@ -76,7 +85,7 @@ def evaluate(
         print_json(result.as_json())
     else:
         show(render_evaluation(result))
-    answer(result.meets_demand, f"the adapter is not as good as was asked: {result.verdict}")
+    answer(result.meets_demand, f"the adapter is not as good as was asked: {result.comparison.verdict}")
 
 
 def generate(

@@ -71,7 +71,7 @@ class Cache:
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
         place = self.folder / key
-        if True:
+        if self.find(key) is None:
             shutil.rmtree(place, ignore_errors=True)  # damaged
             try:
                 os.rename(written, place)

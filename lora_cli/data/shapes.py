@@ -58,8 +58,7 @@ class Shape:
         shifts = [real - stand_in for (_, real), stand_in in zip(found, self.ends, strict=True)]
 
         def moved(position: int) -> int:
-            # Spans begin and end at the edges of slots or in literals, so whole slots before it are what
-            # counts.
+            # Spans begin and end at the edges of slots or in literals: only whole slots before it count.
             shift = 0
             for end, by in zip(self.ends, shifts, strict=True):
                 if end > position:
@@ -85,14 +84,16 @@ class ConversationMarker:
         """The examples of a conversation.
 
         Raises:
-            DataError: the template refuses the row, hides where the words are, or the row spells a control
-            token
-                where it can't be told from the template's own.
+            DataError: the template refuses the row or hides where the words are, or the row spells a control
+                token where it can't be told from the template's own.
         """
         self._refuse_controls_outside_contents(conversation)
         messages, trained = conversation.messages, conversation.trained
+        shapes = self._shapes_of(conversation)
+        if not shapes:
+            return self._by_itself(conversation)
         marked = []
-        for shape in self._shapes_of(conversation):
+        for shape in shapes:
             text = self._template.render(messages[: shape.rendering.messages], conversation.tools)
             found = shape.fit(text, messages)
             if found is None:
@@ -113,7 +114,10 @@ class ConversationMarker:
             message if message["content"] is None else {**message, "content": f"zqSlot{index}qz"}
             for index, message in enumerate(conversation.messages)
         ]
-        renderings = self._renderings(replace(conversation, messages=tuple(stand_ins)))
+        try:
+            renderings = self._renderings(replace(conversation, messages=tuple(stand_ins)))
+        except DataError:  # the template wants something of the contents; the row itself will show
+            return ()
         return tuple(_shape(rendering) for rendering in renderings)
 
     def _renderings(self, conversation: Conversation) -> list[Rendering]:

@@ -193,20 +193,23 @@ class ChatTemplate:
         """The words of a turn with more than plain content: all that follows the generation prompt."""
         field = f"messages[{len(messages) - 1}]"
         if prompt is None or not text.startswith(prompt):
-            raise DataError(
-                f"{field}: can't tell which rendered characters are the assistant's words: the chat template "
-                "changes the content, and the rendered turn doesn't begin with the generation prompt",
-                remedy="Give the content without thinking tags (thinking has a key of its own, reasoning_content),\n"
-                "or give a template that renders all of it as data.chat_template.",
-            )
-        written = _squeezed(text[len(prompt) :])
-        for key, part in _parts(messages[-1]):
+            raise _hidden_words(field, "the rendered turn doesn't begin with the generation prompt")
+        start, stop = len(prompt), self._controls.words_end(text, len(prompt))
+        message = messages[-1]
+        if not message.keys() - PLAIN_KEYS:
+            # A prompt may hold the content's beginning (an opening <think>); nothing else may be there.
+            content, words = _squeezed(message["content"]), _squeezed(text[start:stop])
+            if not (content.endswith(words) and _squeezed(text[:stop]).endswith(content)):
+                raise _hidden_words(field, "the chat template changes the content")
+            return start, stop
+        written = _squeezed(text[start:])
+        for key, part in _parts(message):
             if _squeezed(part) not in written:
                 raise DataError(
                     f"{field}.{key}: the chat template leaves it out",
                     remedy="Remove it from the row, or give a template that writes it as data.chat_template.",
                 )
-        return len(prompt), self._controls.words_end(text, len(prompt))
+        return start, stop
 
     def _within(self, text: str, turn: Turn) -> Span | None:
         """The turn's span in the whole conversation, or None where the whole has it otherwise."""
@@ -230,6 +233,14 @@ class ChatTemplate:
             if found is not None:
                 return found[1]
         return self._eos
+
+
+def _hidden_words(field: str, why: str) -> DataError:
+    return DataError(
+        f"{field}: can't tell which rendered characters are the assistant's words: {why}",
+        remedy="Give the content without thinking tags (thinking has a key of its own, reasoning_content),\n"
+        "or give a template that renders all of it as data.chat_template.",
+    )
 
 
 def _parts(message: Message) -> list[tuple[str, str]]:

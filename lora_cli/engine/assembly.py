@@ -36,11 +36,16 @@ def load_model(
     full = config.adapter is None
     dtype = torch.float32 if full else computation.dtype
     base = load_base(config.model, architecture, device=device, dtype=dtype, attention=computation.attention)
-    base.config.use_cache = False
+    leave_out_side_outputs(base)
+    return base
+
+
+def leave_out_side_outputs(base: PreTrainedModel) -> None:
+    """No cache of keys and values, and no auxiliary loss of routers: it is no mean over tokens, and would depend on
+    packing."""
     text = base.config.get_text_config()
     if "output_router_logits" in vars(text):
-        text.output_router_logits = False  # a router's auxiliary loss is not a mean over tokens: it would depend on packing
-    return base
+        text.output_router_logits = False
 
 
 def make_trainable(
@@ -49,6 +54,11 @@ def make_trainable(
     """The base with its adapter attached and in training mode; itself, all parameters trainable, without one."""
     if config.model.resize_embeddings and len(tokenizer) > base.config.get_text_config().vocab_size:
         base.resize_token_embeddings(len(tokenizer))
+    return attach(base, config, computation)
+
+
+def attach(base: PreTrainedModel, config: Config, computation: Computation) -> PreTrainedModel | PeftModel:
+    """`make_trainable` for a base whose embeddings have their size; needs no tokenizer."""
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     computation.prepare(base)

@@ -16,6 +16,8 @@ class Target:
     kind: Literal["cpu", "cuda"]
     capability: tuple[int, int] = (0, 0)
     """Of a CUDA card: (8, 0) is an A100, (7, 5) a T4."""
+    attention_kernel: Literal["auto", "efficient"] = "auto"
+    """`efficient` where a program has asked PyTorch for that kernel of attention."""
 
     @property
     def device(self) -> torch.device:

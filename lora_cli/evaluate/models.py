@@ -5,6 +5,7 @@ Knows how a target becomes a model on a device; knows nothing about rows or figu
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lora_cli.evaluate.target import Target
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
+from lora_cli.model.fingerprint import weights_fingerprint
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from lora_cli.model.weights import describe_quantization
 from lora_cli.report.events import Emit, Warned, Working
@@ -47,22 +49,39 @@ class Reader:
 class Loaded:
     """A base on its device, and how it is run."""
 
+    config: Config
     base: PreTrainedModel
     computation: Computation
     device: torch.device
     micro_batch_tokens: int
-    precision: str
+
+    @property
+    def precision(self) -> str:
+        return describe_quantization(self.config.model.quantization) or dtype_name(self.computation.dtype)
 
     @contextmanager
-    def adapted(self, adapter: Path) -> Iterator[PreTrainedModel]:
-        """The model with this adapter on it; afterwards the base is as it was."""
-        model = _attach(self.base, adapter)
+    def trained(self, result: Path) -> Iterator[PreTrainedModel]:
+        """The base with the adapter in `result` on it, or the whole model there, if it was trained in full.
+
+        Afterwards the base is as it was.
+        """
+        if not (result / "adapter_config.json").is_file():
+            yield self._whole(result)
+            return
+        model = _attach(self.base, result)
         if self.computation.dtype != torch.float32:
             leave_casting_to_autocast(model)
         try:
             yield causal_lm(model)
         finally:
             model.unload()
+
+    def _whole(self, folder: Path) -> PreTrainedModel:
+        named = {"name_or_path": str(folder), "revision": None}
+        config = self.config.model_copy(update={"model": self.config.model.model_copy(update=named)})
+        model = load_model(config, read_architecture(config.model), self.computation, self.device)
+        self.computation.prepare(model)
+        return model
 
 
 def read_target(target: Target) -> Reader:
@@ -73,18 +92,25 @@ def read_target(target: Target) -> Reader:
     """
     model = target.config.model
     architecture = read_architecture(model)
-    own = target.bare and (target.adapter / "tokenizer_config.json").is_file()
-    from_adapter = model.model_copy(update={"name_or_path": str(target.adapter), "revision": None})
+    own = target.bare and (target.result / "tokenizer_config.json").is_file()
+    from_adapter = model.model_copy(update={"name_or_path": str(target.result), "revision": None})
     tokenizer = load_tokenizer(from_adapter if own else model)
     check_vocabulary(tokenizer, architecture, model)
     limit = getattr(architecture.get_text_config(), "max_position_embeddings", None)
-    return Reader(
-        tokenizer, stop_tokens(tokenizer, architecture, model), limit if isinstance(limit, int) else None
-    )
+    return Reader(tokenizer, stop_tokens(tokenizer, architecture, model), limit if isinstance(limit, int) else None)
 
 
-def load_target(config: Config, reader: Reader, emit: Emit) -> Loaded:
-    """The base of a config with its weights, on the GPU where there is one."""
+def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool = True) -> Loaded:
+    """The base with its weights, on the GPU where there is one, quantized as it was in training or not at all.
+
+    Raises:
+        ModelError: the weights can't be loaded, or aren't those that the adapter was trained on.
+    """
+    config = target.config
+    if not quantized:
+        model = config.model.model_copy(update={"quantization": None})
+        config = config.model_copy(update={"model": model})
+    _check_same_base(target)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = read_architecture(config.model)
     emit(Working("proving packing and loss"))
@@ -104,8 +130,19 @@ def load_target(config: Config, reader: Reader, emit: Emit) -> Loaded:
     computation.prepare(base)
     asked = config.train.micro_batch_tokens
     tokens = AUTO_MICRO_BATCH_TOKENS[device.type] if asked == "auto" else asked
-    precision = describe_quantization(config.model.quantization) or dtype_name(computation.dtype)
-    return Loaded(base, computation, device, tokens, precision)
+    return Loaded(config, base, computation, device, tokens)
+
+
+def _check_same_base(target: Target) -> None:
+    folder = Path(target.config.model.name_or_path).expanduser()
+    if target.run is None or not target.run.environment_file.is_file() or not folder.is_dir():
+        return
+    noted = json.loads(target.run.environment_file.read_text(encoding="utf-8")).get("base_fingerprint")
+    if noted is not None and noted != weights_fingerprint(folder):
+        raise ModelError(
+            f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",
+            remedy="Put the same revision back in its place.",
+        )
 
 
 def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -16,8 +16,7 @@ from lora_cli.engine.generation import Generated, Sampling
 from lora_cli.errors import DataError, UserError
 from lora_cli.evaluate.answers import answer_all
 from lora_cli.evaluate.models import Reader, load_target, read_target
-from lora_cli.evaluate.target import Target, find_target
-from lora_cli.model.adapter import check_adapter_folder
+from lora_cli.evaluate.target import Target, adapter_folder, find_target
 from lora_cli.report.comparison import Generations, Output
 from lora_cli.report.events import Emit, Working, ignore
 
@@ -43,11 +42,11 @@ def generate(
     if not prompts:
         raise UserError("no prompt", remedy="Give --prompt TEXT or --prompts-file PATH.")
     found = find_target(target, overrides)
-    folders = [found.adapter, *map(_adapter_folder, adapters)]
+    folders = [found.result, *map(adapter_folder, adapters)]
     reader = read_target(found)
     set_chat_template(found.config.data, reader.tokenizer)
     tokens = [prompt_tokens(prompt, found, reader, raw=raw) for prompt in prompts]
-    loaded = load_target(found.config, reader, emit)
+    loaded = load_target(found, reader, emit)
 
     def progress(done: int, total: int) -> None:
         emit(Working("generating", done, total, "answers"))
@@ -56,7 +55,7 @@ def generate(
         None: answer_all(loaded.base, loaded, reader, tokens, sampling, progress=progress)
     }
     for folder in folders:
-        with loaded.adapted(folder) as model:
+        with loaded.trained(folder) as model:
             by_adapter[str(folder)] = answer_all(model, loaded, reader, tokens, sampling, progress=progress)
     return Generations(
         tuple(
@@ -118,12 +117,3 @@ def _trained_on_instructions(target: Target) -> bool:
         return open_sources(data.train)[0].reader(data).format == "instruction"
     except DataError:  # the rows are no longer there
         return data.format == "instruction"
-
-
-def _adapter_folder(path: str) -> Path:
-    """The adapter in a run folder, or the folder itself."""
-    folder = Path(path).expanduser()
-    inner = folder / "adapter"
-    found = inner if (inner / "adapter_config.json").is_file() else folder
-    check_adapter_folder(found)
-    return found

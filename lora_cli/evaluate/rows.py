@@ -6,7 +6,7 @@ Knows data; knows nothing about models or figures.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,9 @@ _TRAINED_ON = (
 )
 
 
+Load = Callable[[DataConfig], tuple[Examples, Examples | None]]
+
+
 @dataclass(frozen=True)
 class EvaluationRows:
     """What both models are judged on."""
@@ -44,9 +47,7 @@ class EvaluationRows:
     warnings: tuple[str, ...]
 
 
-def load_rows(
-    target: Target, reader: Reader, data: str | None, *, limit: int | None, emit: Emit
-) -> EvaluationRows:
+def load_rows(target: Target, reader: Reader, data: str | None, *, limit: int | None, emit: Emit) -> EvaluationRows:
     """The rows of `data`, or else the run's validation rows, or else, with a warning, its training rows.
 
     Args:
@@ -80,12 +81,10 @@ def load_rows(
     else:
         train, validation = load(config.data)
         name, examples = ("train", train) if validation is None else ("validation", validation)
-        if validation is None:
-            warnings = (_TRAINED_ON,)
-        else:
-            warnings = tuple(text for text in validation.account.warnings if "also in train" in text)
+        warnings = (_TRAINED_ON,) if validation is None else ()
     if limit is not None and limit < len(examples):
         examples = _pick(examples, np.sort(shuffled(len(examples), seed)[:limit]))
+    warnings = (*warnings, *_left_out(examples), *examples.account.warnings)
     return EvaluationRows(name, examples, supervised_bytes(examples, reader.tokenizer), warnings)
 
 
@@ -112,20 +111,24 @@ def supervised_runs(trained: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def _overlap(examples: Examples, config: Config, load: object) -> tuple[str, ...]:
+def _overlap(examples: Examples, config: Config, load: Load) -> tuple[str, ...]:
     """A warning where rows were trained on; another where the training rows are gone."""
-    assert callable(load)
     try:
-        train: Examples = load(config.data)[0]
+        train, _ = load(config.data)
     except DataError as error:
         return (f"can't tell whether these rows were trained on: {error.message}",)
-    trained_on = _hashes(train)
-    seen = [index for index, found in enumerate(_hashes(examples)) if found in set(trained_on)]
+    trained_on = set(_hashes(train))
+    seen = [index for index, found in enumerate(_hashes(examples)) if found in trained_on]
     if not seen:
         return ()
-    return (
-        f"{len(seen):,} of {len(examples):,} rows were trained on; the first is {examples.places[seen[0]]}",
-    )
+    return (f"{len(seen):,} of {len(examples):,} rows were trained on; the first is {examples.places[seen[0]]}",)
+
+
+def _left_out(examples: Examples) -> tuple[str, ...]:
+    """How many rows aren't judged, and why."""
+    account = examples.account
+    reasons = ", ".join(f"{len(places):,} {reason}" for reason, places in account.reasons.items())
+    return (f"{account.dropped:,} of {account.rows:,} rows were left out: {reasons}",) if account.dropped else ()
 
 
 def _hashes(examples: Examples) -> list[bytes]:

@@ -7,7 +7,6 @@ replacement gives another figure. Base and adapter are always drawn together. Kn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -17,40 +16,49 @@ from numpy.typing import NDArray
 from lora_cli.report.comparison import Measure
 
 CONFIDENCE = 0.95
-DRAWS = 4000
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A figure as it is made of rows: sum of `base` (or of `adapter`) over sum of `per`, then `scale`."""
+    """A figure as it is made of rows: the sum of `base`, or of `adapter`, over the sum of `per`."""
 
     name: str
     base: Floats
-    """[N], one number per row"""
+    """[N], one number for each row"""
     adapter: Floats
     per: Floats
-    scale: Callable[[Floats], Floats] = lambda ratio: ratio
+
+    @property
+    def effective_rows(self) -> float:
+        """How many rows of equal weight would be as sure: a few long rows count for more than the others."""
+        return float(self.per.sum() ** 2 / np.square(self.per).sum())
 
 
-def compare(ratios: list[Ratio], *, seed: int, draws: int = DRAWS) -> tuple[Measure, ...]:
-    """Every figure of base and adapter, with the interval of its difference. All have the same rows."""
+def compare(ratios: list[Ratio], *, seed: int) -> tuple[Measure, ...]:
+    """Every figure of base and adapter, with the interval of its difference. All are over the same rows."""
     columns = [column for ratio in ratios for column in (ratio.base, ratio.adapter, ratio.per)]
     values_NK = np.stack(columns, axis=1).astype(np.float64)
-    rows = len(values_NK)
-    sums_BK = np.concatenate([values_NK.sum(axis=0)[None], resampled_sums(values_NK, draws, seed)])
+    draws_BK = resampled_sums(values_NK, 4000 if len(values_NK) < 10_000 else 1000, seed)
     measures = []
     for number, ratio in enumerate(ratios):
-        base_B, adapter_B, per_B = sums_BK[:, 3 * number : 3 * number + 3].T
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            base_B, adapter_B = ratio.scale(base_B / per_B), ratio.scale(adapter_B / per_B)
-            difference_B = adapter_B - base_B
-        low, high = interval(difference_B[1:], rows)
-        measures.append(
-            Measure(ratio.name, float(base_B[0]), float(adapter_B[0]), float(difference_B[0]), low, high)
-        )
+        base, adapter, per = values_NK.sum(axis=0)[3 * number : 3 * number + 3]
+        base_B, adapter_B, per_B = draws_BK[:, 3 * number : 3 * number + 3].T
+        with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no row that counts
+            difference_B = (adapter_B - base_B) / per_B
+        low, high = interval(difference_B, ratio.effective_rows)
+        difference = float((adapter - base) / per)
+        measures.append(Measure(ratio.name, float(base / per), float(adapter / per), difference, low, high))
     return tuple(measures)
+
+
+def perplexity(loss: Measure) -> Measure:
+    """Perplexities for a loss; the interval is the loss's, carried over at the base's perplexity."""
+    with np.errstate(over="ignore"):
+        base, adapter = (float(np.exp(value)) for value in (loss.base, loss.adapter))
+        low, high = (float(base * np.expm1(bound)) for bound in (loss.low, loss.high))
+    return Measure("perplexity", base, adapter, adapter - base, low, high)
 
 
 def resampled_sums(values_NK: Floats, draws: int, seed: int) -> Floats:
@@ -64,7 +72,7 @@ def resampled_sums(values_NK: Floats, draws: int, seed: int) -> Floats:
     return sums_BK
 
 
-def interval(draws_B: Floats, rows: int, confidence: float = CONFIDENCE) -> tuple[float | None, float | None]:
+def interval(draws_B: Floats, rows: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The percentile interval, widened for few rows.
 
     A plain percentile interval is too narrow by the factor between the normal and Student's distribution,
@@ -72,15 +80,16 @@ def interval(draws_B: Floats, rows: int, confidence: float = CONFIDENCE) -> tupl
     "expanded percentile"), which brings coverage back to what is claimed.
     """
     finite = draws_B[np.isfinite(draws_B)]
-    if rows < 2 or len(finite) == 0:
-        return None, None
+    if len(finite) == 0:
+        return math.nan, math.nan
+    rows = max(rows, 1.5)  # with a single row every draw is the same anyway
     deviations = student_quantile((1 + confidence) / 2, rows - 1) * math.sqrt(rows / (rows - 1))
     tail = NormalDist().cdf(-deviations)
     low, high = np.quantile(finite, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def student_quantile(probability: float, freedom: int) -> float:
+def student_quantile(probability: float, freedom: float) -> float:
     """Student's t quantile by its expansion around the normal one; 0.1 % off at 5 degrees of freedom."""
     z = NormalDist().inv_cdf(probability)
     terms = (
@@ -98,7 +107,5 @@ def sign_test(better: int, worse: int) -> float:
     if count == 0:
         return 1.0
     whole = math.lgamma(count + 1) - count * math.log(2)
-    tail = math.fsum(
-        math.exp(whole - math.lgamma(k + 1) - math.lgamma(count - k + 1)) for k in range(fewer + 1)
-    )
+    tail = math.fsum(math.exp(whole - math.lgamma(k + 1) - math.lgamma(count - k + 1)) for k in range(fewer + 1))
     return min(1.0, 2 * tail)

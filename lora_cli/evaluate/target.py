@@ -22,14 +22,15 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Target:
-    """An adapter, its base, and what is known of its training."""
+    """What was trained, its base, and what is known of the training."""
 
     name: str
     """As it was given."""
     config: Config
-    adapter: Path
+    result: Path
+    """The folder of the adapter; of the whole model, where it was trained in full (`adapter: null`)."""
     run: RunFolder | None
-    """The run that made the adapter, where there is one."""
+    """The run that made it, where there is one."""
 
     @property
     def bare(self) -> bool:
@@ -64,22 +65,32 @@ def find_target(target: Path | str, overrides: Sequence[str] = ()) -> Target:
     return _of_run(str(target), run.config_file, overrides, folder=run)
 
 
+def adapter_folder(path: str) -> Path:
+    """A further adapter: that of a run folder, or the folder itself.
+
+    Raises:
+        ModelError: there is no adapter that can be used.
+    """
+    folder = Path(path).expanduser()
+    inner = RunFolder(folder).adapter_dir
+    found = inner if inner.is_dir() else folder
+    check_adapter_folder(found)
+    return found
+
+
 def _of_run(name: str, config_file: Path, overrides: Sequence[str], *, folder: RunFolder | None) -> Target:
     config = load_config(config_file, overrides)
     # A run folder may have been moved since; what lies in it goes before the output_dir in its config.
     run = folder or RunFolder(Path(config.output_dir))
-    if config.adapter is None:
-        raise ModelError(
-            f"{name}: adapter: null is full fine-tuning; there is no adapter to compare with its base"
-        )
     if not run.adapter_dir.is_dir():
         raise RunFolderError(
-            f"no adapter at {run.adapter_dir.absolute()}",
+            f"no result at {run.adapter_dir.absolute()}",
             remedy="The run has not ended yet: `lora train CONFIG --resume` goes on with it."
             if run.holds_run
             else f"Train it first: lora train {config_file}",
         )
-    check_adapter_folder(run.adapter_dir)
+    if config.adapter is not None:
+        check_adapter_folder(run.adapter_dir)
     return Target(name, config, run.adapter_dir, run)
 
 

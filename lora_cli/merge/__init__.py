@@ -1,0 +1,23 @@
+"""Merging: an adapter into its base, streamed from disk to disk and verified.
+
+    target         a run, an adapter or a config -> adapter and base
+    shards         safetensors files, byte by byte
+    layout         tensors on disk <-> parameters of the model, through transformers' conversions
+    base           the base's parameters, as on disk or as a quantized run saw them
+    adapter        PEFT's layers on `meta`: what belongs where, and the arithmetic of one module
+    work           every tensor that will be written, planned
+    streaming      the work, done: one module in memory, summed in float32, rounded once
+    staging        the folder: built beside its name, renamed when whole
+    forward        logits of a model larger than memory
+    rows           the text to compare on
+    verification   merged against base + adapter, and against the base
+    choice         original or quantized base
+    merging        all of it, in order
+
+Knows nothing about training or screens.
+"""
+
+from lora_cli.merge.merging import merge
+from lora_cli.merge.result import MergeReport
+
+__all__ = ["MergeReport", "merge"]

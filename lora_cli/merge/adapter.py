@@ -72,6 +72,16 @@ class AdaptedModel:
         """Values that should have gone into the merge, and are not among `used`."""
         return sorted(self.values.keys() - self.twins - set(self.copies.values()) - used)
 
+    def idle(self) -> list[str]:
+        """Warnings about parts of the adapter that do nothing."""
+        last = [name for name in self.values if ".lora_B." in name or ".lora_embedding_B." in name]
+        zero = [name for name in last if not bool(self.values[name].any())]
+        if not zero:
+            return []
+        if len(zero) == len(last):
+            return [f"lora_B is zero in all {len(last)} modules: nothing was learned there"]
+        return [f"lora_B is zero in {len(zero)} of {len(last)} modules, the first {_short(zero[0])}"]
+
     @property
     def keeps_ties(self) -> bool:
         """Whether what the adapter does to one tied weight it does to the other."""
@@ -286,7 +296,12 @@ def _units(adapted: AdaptedModel) -> Iterator[Unit]:
 def _merged_parameters(adapted: AdaptedModel, module: nn.Module) -> Iterator[str]:
     """Parameters of the base that the layers of a unit add something to."""
     for layer in _layers(module):
-        path = adapted.base_paths[id(layer.get_base_layer())]
+        path = adapted.base_paths.get(id(layer.get_base_layer()))
+        if path is None:
+            raise ModelError(
+                "the adapter wraps one module twice (trainable_token_indices of a tied weight beside modules_to_save)",
+                remedy="Such a pair has no merged form. Serve the adapter unmerged.",
+            )
         if isinstance(layer, ParamWrapper):
             yield f"{path}.{layer.parameter_name}"
             continue

@@ -46,8 +46,11 @@ class Verification:
     """Nats per scored token."""
     tolerance: float
     """For the largest logit difference: four times what rounding alone does."""
+    mean_tolerance: float
+    """The same for the mean difference, which one expert chosen differently doesn't drown."""
     control: float
     """Largest logit difference between the merged model and the base."""
+    mean_control: float
     verified: bool
     seconds: float
 

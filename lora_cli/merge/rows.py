@@ -71,15 +71,22 @@ def rows_for(target: Target, config: PretrainedConfig, emit: Emit) -> Rows:
     try:
         tokenizer = load_tokenizer(target.model)
     except ModelError:
-        emit(Warned("the base has no tokenizer: verified on random tokens instead of text"))
-        ids = np.random.default_rng(0).integers(0, vocabulary, (budget // longest, longest))
-        return Rows(ids, np.ones_like(ids, dtype=bool), _all_but_first(ids), "random tokens")
+        return _random(budget, longest, vocabulary, "the base has no tokenizer", emit)
     examples = _validation(target, tokenizer, config, emit)
     if examples is not None:
         return _laid_out(*_sample(examples, budget, longest), "the run's validation data")
     ids = np.asarray(tokenizer(TEXT, add_special_tokens=True)["input_ids"], dtype=np.int64)
+    if len(ids) < _SHORTEST or ids.max() >= vocabulary:
+        return _random(budget, longest, vocabulary, "the base's tokenizer doesn't fit it", emit)
     parts = [ids[start : start + longest] for start in range(0, min(len(ids), budget), longest)]
     return _laid_out(parts, [np.ones(len(part), dtype=bool) for part in parts], "a built-in text")
+
+
+def _random(budget: int, longest: int, vocabulary: int, why: str, emit: Emit) -> Rows:
+    emit(Warned(f"{why}: verified on random tokens instead of text"))
+    ids = np.random.default_rng(0).integers(0, vocabulary, (max(1, budget // longest), longest))
+    parts = list(ids)
+    return _laid_out(parts, [np.ones(len(part), dtype=bool) for part in parts], "random tokens")
 
 
 def _validation(
@@ -118,9 +125,3 @@ def _laid_out(parts: Sequence[NDArray[np.int64]], trained: Sequence[NDArray[np.b
         scored = real.copy()
     scored[:, 0] = False
     return Rows(ids, real, scored, source)
-
-
-def _all_but_first(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    scored = np.ones_like(ids, dtype=bool)
-    scored[:, 0] = False
-    return scored

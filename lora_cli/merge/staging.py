@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_cli.errors import UserError
 from lora_cli.merge.shards import explain
-from lora_cli.runs.atomic import sync_folder, write_json
+from lora_cli.runs.atomic import sync, write_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _TOKENIZER = (
@@ -78,9 +78,9 @@ def check_free(output: Path) -> None:
 
 def commit(stage: Path, output: Path) -> Path:
     """Give a finished folder its name."""
-    sync_folder(stage)
+    sync(stage)
     stage.rename(output)
-    sync_folder(output.parent)
+    sync(output.parent)
     return output
 
 

@@ -96,7 +96,7 @@ class Merger:
         return [name for group in job.groups for name in group.parameters if name in self.adapted.replaced]
 
     def run(self, job: Job, parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, bool]]:
-        """The tensors of a job as they are written, each with whether it differs from the base's on disk."""
+        """The tensors of a job as they are written, each with whether the adapter changed it."""
         dtypes = {slot.name: slot.dtype for slot in job.slots}
         of = {name: dtypes[group.stored[0].name] for group in job.groups if job.parted is None for name in group.parameters}
         rounded = {}
@@ -108,11 +108,8 @@ class Merger:
             return {job.parted: (rounded[job.parted], _differs(rounded[job.parted], parameters[job.parted]))}
         outputs: dict[str, tuple[Tensor, bool]] = {}
         for group in job.groups:
-            # What was on disk, for comparison: the values themselves, unless quantization changed them.
-            before = {one.name: one.read() for one in group.stored} if self._reads_otherwise else None
             stored = group.to_stored({name: rounded[name] for name in group.parameters})
-            if before is None:
-                before = group.to_stored({name: parameters[name] for name in group.parameters})
+            before = group.to_stored({name: parameters[name] for name in group.parameters})
             for one in group.stored:
                 tensor = stored[one.name].to(dtypes[one.name])
                 outputs[one.name] = (tensor, _differs(tensor, before[one.name]))
@@ -127,10 +124,6 @@ class Merger:
         for name in self.replaced(job):
             merged[name] = self.adapted.values[self.adapted.replaced[name]].float()
         return merged if job.parted is None else {job.parted: merged[job.parted]}
-
-    @property
-    def _reads_otherwise(self) -> bool:
-        return self.as_quantized and self.base.quantized is not None
 
 
 def _single_precision(tensor: Tensor) -> Tensor:

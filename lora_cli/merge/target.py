@@ -124,7 +124,7 @@ def check_same_base(target: Target, folder: Path) -> None:
     if target.run is None or not target.run.environment_file.is_file():
         return
     noted: dict[str, Any] = json.loads(target.run.environment_file.read_text(encoding="utf-8"))
-    known = noted.get("base_fingerprint")
+    known = noted.get("fingerprints", {}).get("base")
     if known is not None and known != weights_fingerprint(folder):
         raise ModelError(
             f"{folder.absolute()} isn't the base that {target.run.path.absolute()} was trained on: "

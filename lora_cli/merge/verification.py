@@ -127,15 +127,16 @@ def verify(
     if reference is None:
         reference = stage.adapter_logits(as_quantized=work.as_quantized)
     noise = stage.adapter_logits(as_quantized=work.as_quantized, noise=written)
-    scale = float(reference.abs().max())
-    tolerance = FACTOR * distance(reference, noise).largest + _SUMMATION * scale
+    by_rounding = distance(reference, noise)
     del noise
+    summation = _SUMMATION * float(reference.abs().max())
+    tolerance, mean_tolerance = (FACTOR * moved + summation for moved in (by_rounding.largest, by_rounding.mean))
     found = stage.merged_logits(merged)
     apart = distance(reference, found)
     loss_adapter, loss_merged = stage.loss(reference), stage.loss(found)
     del reference
     base = stage.base_logits(as_quantized=work.as_quantized)
-    control = float((base - found).abs().max())
+    control = distance(base, found)
     return Verification(
         rows=stage.rows.source,
         positions=stage.rows.positions,
@@ -147,8 +148,10 @@ def verify(
         loss_adapter=loss_adapter,
         loss_merged=loss_merged,
         tolerance=tolerance,
-        control=control,
-        verified=apart.largest <= tolerance,  # False for NaN
+        mean_tolerance=mean_tolerance,
+        control=control.largest,
+        mean_control=control.mean,
+        verified=apart.largest <= tolerance and apart.mean <= mean_tolerance,  # False for NaN
         seconds=time.monotonic() - began,
     )
 

@@ -52,6 +52,24 @@ class Work:
     def slots(self) -> list[Slot]:
         return [slot for job in self.jobs for slot in job.slots]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(job.num_bytes for job in self.jobs)
+
+    def rounded(self, base: Base, adapted: AdaptedModel) -> dict[str, torch.dtype]:
+        """The parameters whose values the merge rounds, and to which dtype."""
+        written = {name for unit in adapted.units for name in unit.writes} | set(adapted.replaced)
+        found = {}
+        for job in self.jobs:
+            dtype = job.slots[0].dtype
+            if job.parted is not None:
+                found[job.parted] = dtype
+            for group in job.groups if dtype.is_floating_point and job.parted is None else ():
+                seen = base.quantized.dtype if self.as_quantized and base.quantized else group.stored[0].dtype
+                coarser = torch.finfo(dtype).eps > torch.finfo(seen).eps
+                found.update({name: dtype for name in group.parameters if coarser or name in written})
+        return found
+
 
 def plan_work(base: Base, adapted: AdaptedModel, *, as_quantized: bool, dtype: torch.dtype | None) -> Work:
     """Every tensor of the merged model; `dtype` for all weights, None to keep what each one has."""

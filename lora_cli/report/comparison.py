@@ -6,11 +6,15 @@ measured; imports nothing heavy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 Outcome = Literal["better", "worse", "no difference", "can't tell"]
+
+FEWEST_ROWS = 5
+"""With fewer, no interval holds what it claims, and neither better nor worse is said."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,9 @@ class Measure:
     base: float
     adapter: float
     difference: float
-    low: float | None
-    """The 95 % interval of the difference; None where there are too few rows for one."""
-    high: float | None
+    low: float
+    """The 95 % interval of the difference, by a bootstrap over rows."""
+    high: float
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,11 @@ class RowChange:
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What was asked of the adapter, for an exit code."""
+class Comparison:
+    """One adapter against its base, on the same rows and at the same precision."""
 
-    min_improvement: float | None = None
-    """Nats per token by which the loss must fall."""
-    fail_if_worse: bool = False
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Base and adapter on the same rows."""
-
-    target: str
-    data: str
-    """Which rows: a source, `validation` or `train`."""
-    rows: int
-    num_supervised_tokens: int
+    adapter: str
+    """Its folder."""
     precision: str
     """Of the base that both were judged on: `nf4, double quant`, `float32`."""
     measures: tuple[Measure, ...]
@@ -71,16 +63,10 @@ class Evaluation:
     outcome: Outcome
     verdict: str
     """The outcome in words, with its figures."""
-    answers: int
-    """Rows that were answered by both, with `generate`."""
     gained: tuple[RowChange, ...]
     """The rows whose loss fell most."""
     lost: tuple[RowChange, ...]
     """The rows whose loss rose most."""
-    warnings: tuple[str, ...]
-    demand: Demand
-    folder: Path | None
-    """Where figures and rows were written."""
 
     @property
     def loss(self) -> Measure:
@@ -91,19 +77,9 @@ class Evaluation:
         """Nats per token by which the loss fell."""
         return -self.loss.difference
 
-    @property
-    def meets_demand(self) -> bool:
-        wanted = self.demand.min_improvement
-        if wanted is not None and not self.improvement >= wanted:
-            return False
-        return not (self.demand.fail_if_worse and self.outcome == "worse")
-
-    def as_json(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
+        """base, adapter and difference, as `--json` has them."""
         return {
-            "target": self.target,
-            "data": self.data,
-            "rows": self.rows,
-            "num_supervised_tokens": self.num_supervised_tokens,
             "precision": self.precision,
             "base": {measure.name: measure.base for measure in self.measures},
             "adapter": {measure.name: measure.adapter for measure in self.measures},
@@ -118,13 +94,78 @@ class Evaluation:
             "sign_test_p": self.sign_test_p,
             "outcome": self.outcome,
             "verdict": self.verdict,
-            "answers": self.answers,
-            "gained": [asdict(row) for row in self.gained],
-            "lost": [asdict(row) for row in self.lost],
-            "warnings": list(self.warnings),
-            "demand": {**asdict(self.demand), "met": self.meets_demand},
-            "folder": None if self.folder is None else str(self.folder),
+            "gained": [{**asdict(row), "difference": row.difference} for row in self.gained],
+            "lost": [{**asdict(row), "difference": row.difference} for row in self.lost],
         }
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What was asked of the adapter, for an exit code."""
+
+    min_improvement: float | None = None
+    """Nats per token by which the loss must fall."""
+    fail_if_worse: bool = False
+
+    def is_met_by(self, comparison: Comparison) -> bool:
+        wanted = self.min_improvement
+        if wanted is not None and not comparison.improvement >= wanted:
+            return False
+        return not (self.fail_if_worse and comparison.outcome == "worse")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base and adapter on the same rows."""
+
+    target: str
+    data: str
+    """Which rows: a source, `validation` or `train`."""
+    rows: int
+    num_supervised_tokens: int
+    answers: int
+    """Rows that were answered by both, with `generate`."""
+    comparison: Comparison
+    """The target's adapter, at the precision that it was trained at unless asked otherwise."""
+    others: tuple[Comparison, ...]
+    """Other adapters and precisions that were asked for, on the same rows."""
+    warnings: tuple[str, ...]
+    demand: Demand
+    folder: Path | None
+    """Where figures and rows were written."""
+
+    @property
+    def meets_demand(self) -> bool:
+        return self.demand.is_met_by(self.comparison)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; numbers that JSON doesn't have become None."""
+        values: dict[str, Any] = _finite(
+            {
+                "target": self.target,
+                "data": self.data,
+                "rows": self.rows,
+                "num_supervised_tokens": self.num_supervised_tokens,
+                "answers": self.answers,
+                **self.comparison.figures(),
+                "others": [{"adapter_folder": one.adapter, **one.figures()} for one in self.others],
+                "warnings": list(self.warnings),
+                "demand": {**asdict(self.demand), "met": self.meets_demand},
+                "folder": None if self.folder is None else str(self.folder),
+            }
+        )
+        return values
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+    return value
 
 
 @dataclass(frozen=True)

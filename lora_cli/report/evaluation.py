@@ -6,11 +6,10 @@ Knows nothing about how the figures came about, and nothing about colour.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import groupby
 
 from lora_cli.report import numbers
-from lora_cli.report.comparison import Evaluation, Generations, Measure, Output, RowChange
+from lora_cli.report.comparison import FEWEST_ROWS, Comparison, Evaluation, Generations, Measure, Output, RowChange
 from lora_cli.report.layout import INDENT, labelled, page_width, printable, short_path, table, wrap
 
 _NAMES = {
@@ -29,15 +28,16 @@ _HEADER = ("", "base", "adapter", "difference", "95 % interval")
 def render_evaluation(evaluation: Evaluation, width: int | None = None) -> str:
     """What `eval` shows."""
     width = width or page_width()
-    found = {measure.name: measure for measure in evaluation.measures}
-    rows = [_row(found[name], evaluation.loss) for name in _NAMES if name in found]
-    lines = [*wrap(_head(evaluation), width, first=INDENT), "", *table(_HEADER, rows, width), ""]
-    lines += labelled("rows", _rows(evaluation), width)
-    lines += labelled("verdict", evaluation.verdict, width)
+    lines = wrap(_head(evaluation), width, first=INDENT)
+    for comparison in (evaluation.comparison, *evaluation.others):
+        if evaluation.others:
+            title = f"{short_path(comparison.adapter)}, base in {comparison.precision}"
+            lines += ["", *wrap(title, width, first=INDENT)]
+        lines += ["", *_comparison(comparison, evaluation.rows, width)]
     if evaluation.demand.min_improvement is not None:
-        asked = f"an improvement of {evaluation.demand.min_improvement:g} was asked"
-        met = "and is met" if evaluation.meets_demand else "and is not met"
-        lines += labelled("", f"{asked}, {met}", width)
+        met = "is met" if evaluation.meets_demand else "is not met"
+        text = f"{evaluation.demand.min_improvement:g} nats of improvement were asked, which {met}"
+        lines += labelled("", text, width)
     if evaluation.folder is not None:
         lines += labelled("wrote", short_path(evaluation.folder), width)
     return "\n".join(lines)
@@ -48,36 +48,49 @@ def _head(evaluation: Evaluation) -> str:
     tokens = numbers.counted(evaluation.num_supervised_tokens, "scored token")
     answers = f", {numbers.counted(evaluation.answers, 'answer')} each" if evaluation.answers else ""
     data = short_path(evaluation.data) if "/" in evaluation.data else evaluation.data
-    return f"{data}: {rows}, {tokens}{answers}, paired; base in {evaluation.precision}"
+    base = "" if evaluation.others else f"; base in {evaluation.comparison.precision}"
+    return f"{data}: {rows}, {tokens}{answers}, paired{base}"
+
+
+def _comparison(comparison: Comparison, count: int, width: int) -> list[str]:
+    found = {measure.name: measure for measure in comparison.measures}
+    rows = [_row(found[name], comparison.loss) for name in _NAMES if name in found]
+    if count < FEWEST_ROWS:
+        rows = [(*row[:-1], "too few rows") for row in rows]
+    return [
+        *table(_HEADER, rows, width),
+        "",
+        *labelled("rows", _rows(comparison, count), width),
+        *labelled("verdict", comparison.verdict, width),
+    ]
 
 
 def _row(measure: Measure, loss: Measure) -> tuple[str, ...]:
     name = _NAMES[measure.name]
     base, adapter = (_number(value) for value in (measure.base, measure.adapter))
     if measure.name == "perplexity":  # as a ratio, which is what a difference of losses makes of it
-        percent = [None if d is None else 100 * math.expm1(d) for d in (loss.difference, loss.low, loss.high)]
-        difference, *bounds = ("" if value is None else f"{value:+.1f}" for value in percent)
-        return name, base, adapter, f"{difference} %", _interval(bounds)
-    bounds = ["" if bound is None else f"{bound:+.4f}" for bound in (measure.low, measure.high)]
-    return name, base, adapter, f"{measure.difference:+.4f}", _interval(bounds)
+        difference, low, high = (f"{_percent(d):+,.1f}" for d in (loss.difference, loss.low, loss.high))
+        return name, base, adapter, f"{difference} %", f"{low} .. {high}"
+    return name, base, adapter, f"{measure.difference:+.4f}", f"{measure.low:+.4f} .. {measure.high:+.4f}"
+
+
+def _percent(difference: float) -> float:
+    """What a difference of losses does to the perplexity."""
+    return 100 * math.expm1(min(difference, 700.0))
 
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _interval(bounds: Sequence[str]) -> str:
-    return " .. ".join(bounds) if all(bounds) else "too few rows"
-
-
-def _rows(evaluation: Evaluation) -> str:
-    text = f"{evaluation.better:,} better, {evaluation.worse:,} worse"
-    same = evaluation.rows - evaluation.better - evaluation.worse
+def _rows(comparison: Comparison, count: int) -> str:
+    text = f"{comparison.better:,} better, {comparison.worse:,} worse"
+    same = count - comparison.better - comparison.worse
     if same:
         text += f", {same:,} the same"
-    if evaluation.better or evaluation.worse:
-        text += f"; sign test p {_probability(evaluation.sign_test_p)}"
-    for what, rows in (("most gained", evaluation.gained), ("most lost", evaluation.lost)):
+    if comparison.better or comparison.worse:
+        text += f"; sign test p {_probability(comparison.sign_test_p)}"
+    for what, rows in (("most gained", comparison.gained), ("most lost", comparison.lost)):
         if rows:
             text += f"\n{what}: {', '.join(map(_changed, rows))}"
     return text

@@ -49,6 +49,14 @@ def without_infinities(value: Any) -> Any:
             return value
 
 
+def settle(folder: Path) -> None:
+    """Makes what libraries wrote into `folder` last, with the permissions of any other new file."""
+    for path in folder.iterdir():
+        os.chmod(path, 0o666 & ~_umask())
+        sync(path)
+    sync(folder)
+
+
 def sync(path: Path) -> None:
     """Makes what was written to a file, or renamed in a folder, last through a power failure."""
     descriptor = os.open(path, os.O_RDONLY)

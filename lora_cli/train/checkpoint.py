@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lora_cli.engine.step import Learner
 from lora_cli.errors import RunFolderError
-from lora_cli.runs.atomic import sync
+from lora_cli.runs.atomic import settle, sync
 from lora_cli.runs.folder import RunFolder
 
 _PARAMETERS = "trainable.safetensors"
@@ -35,6 +36,11 @@ class Position:
 
     step: int = 0
     micro_batch_tokens: int = 0
+    asked_micro_batch_tokens: int = 0
+    """What the config said, before any halving: another value on resuming is another wish."""
+    learning_rate: float = 0.0
+    grad_norm: float = 0.0
+    """Of the last step that counted, as the learning rate."""
     train_seconds: float = 0.0
     num_tokens: int = 0
     num_supervised_tokens: int = 0
@@ -72,7 +78,6 @@ def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fin
         "position": asdict(position),
         "fingerprint": fingerprint,
         "optimizer": scalars,
-        "learning_rates": [group["lr"] for group in learner.optimizer.param_groups],
         "scheduler": _plain(learner.scheduler.state_dict()),
         "scaler": _plain(learner.scaler.state_dict()),
         "rng": "drawn anew in each step from seed, step and process; nothing to store",
@@ -80,8 +85,7 @@ def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fin
     (temporary / _STATE).write_text(json.dumps(state, indent=1))
     manifest = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
+    settle(temporary)
     temporary.rename(target)
     sync(target.parent)
     return target
@@ -102,8 +106,19 @@ def load_checkpoint(path: Path, learner: Learner) -> tuple[Position, str]:
     state = json.loads((path / _STATE).read_text())
     _restore_optimizer(learner, load_file(path / _OPTIMIZER), state)
     learner.scheduler.load_state_dict(state["scheduler"])
+    _reschedule(learner)
     learner.scaler.load_state_dict(state["scaler"])
     return Position(**state["position"]), state["fingerprint"]
+
+
+def _reschedule(learner: Learner) -> None:
+    """The learning rate of the next step by this run's schedule: one that was made longer has another."""
+    scheduler = learner.scheduler
+    assert isinstance(scheduler, LambdaLR), "transformers' schedules are functions of the step"
+    rates = [base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -144,6 +159,16 @@ def prune_checkpoints(folder: RunFolder, limit: int | None, best_step: int | Non
             shutil.rmtree(doomed)
 
 
+def remove_later_checkpoints(folder: RunFolder, step: int) -> None:
+    """Remove what is left of steps that will be taken again: broken checkpoints, and half-written ones."""
+    if not folder.checkpoints_dir.is_dir():
+        return
+    kept = {folder.checkpoint(s) for s in folder.checkpoint_steps() if s <= step}
+    for path in folder.checkpoints_dir.iterdir():
+        if path not in kept:
+            shutil.rmtree(path)
+
+
 def _optimizer_state(learner: Learner) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """Optimizer state by parameter name: tensors, and what else there is (bitsandbytes counts steps as an int)."""
     tensors: dict[str, Tensor] = {}
@@ -167,8 +192,6 @@ def _restore_optimizer(learner: Learner, tensors: dict[str, Tensor], state: dict
     order = [names[id(p)] for group in learner.optimizer.param_groups for p in group["params"]]
     whole = learner.optimizer.state_dict()
     whole["state"] = {index: by_name[name] for index, name in enumerate(order) if name in by_name}
-    for group, rate in zip(whole["param_groups"], state["learning_rates"], strict=True):
-        group["lr"] = rate
     learner.optimizer.load_state_dict(whole)
 
 

@@ -16,6 +16,9 @@ HARMLESS = frozenset(
 )
 """Settings that can't change the steps already taken. Epochs and max_steps extend a run."""
 
+_WISHES = {"train.loss": "chunked", "model.attn_implementation": "documents"}
+"""What a model may be unable to do: what it did instead was settled at the start, as `auto` was."""
+
 
 def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config:
     """`before` with the harmless settings of `now`.
@@ -29,7 +32,7 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
     serious = [
         f"{key}: {_shown(old.get(key))} there, {_shown(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
-        if key not in HARMLESS and old.get(key) != new.get(key) and new.get(key) != "auto"
+        if key not in HARMLESS and old.get(key) != new.get(key) and new.get(key) not in ("auto", _WISHES.get(key, "auto"))
     ]
     if serious:
         raise RunFolderError(

@@ -5,6 +5,8 @@ Knows nothing of screens, and nothing of how its learner was made.
 
 from __future__ import annotations
 
+import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -63,6 +65,7 @@ class Loop:
             Interrupted: a signal came; a checkpoint was written.
         """
         position, total = self.position, self.plan.steps.total
+        self.stopped = self._lost_patience()
         if position.step:
             self.emit(Resumed(position.step, self.folder.checkpoint(position.step)))
         elif self.validation is not None:
@@ -75,12 +78,13 @@ class Loop:
                     self.log()
                 if self.validation is not None and (self._due(self._eval_steps()) or last):
                     self.evaluate()
-                if self._due(self.config.train.save_steps) or self._minutes_are_over() or last:
+                    self.stopped = self._lost_patience()
+                if self.stopped is not None:
+                    self.log()  # what there is since the last line
+                if self._due(self.config.train.save_steps) or self._minutes_are_over() or last or self.stopped:
                     self.save()
                 self._stop_if_asked()
         if self.stopped is not None:
-            self.log()
-            self.save()
             self.emit(Stopped(position.step, self.stopped))
 
     def take_step(self, step: int) -> None:
@@ -99,7 +103,7 @@ class Loop:
             except OutOfMemory:
                 self._halve(step, int(self.train.lengths[indices].max()))
         self._account(step, result, num_tokens, num_supervised, time.perf_counter() - began)
-        if not result.applied and not result.scaler_skipped:
+        if _skipped(result):
             self._skip(step, result, [self.train.places[int(i)] for i in indices])
         else:
             self.position.skipped_in_a_row = 0
@@ -113,8 +117,8 @@ class Loop:
             "step": position.step,
             "epoch": round(position.step / self.plan.steps.per_epoch, 6),
             "loss": position.window_loss / position.window_supervised,
-            "learning_rate": self._last.learning_rate,
-            "grad_norm": self._last.grad_norm,
+            "learning_rate": position.learning_rate,
+            "grad_norm": position.grad_norm,
             "num_tokens": position.window_tokens,
             "num_supervised_tokens": position.window_supervised,
             "tokens_per_second": position.window_tokens / max(position.window_seconds, 1e-9),
@@ -129,15 +133,7 @@ class Loop:
         """The validation loss at this step; early stopping and the best checkpoint follow from it."""
         assert self.validation is not None
         position = self.position
-        losses = example_losses(
-            self.learner.model,
-            self.learner.computation,
-            self.validation,
-            micro_batch_tokens=position.micro_batch_tokens,
-            world=self.world,
-            progress=lambda done, of: self.emit(Working("evaluating", done, of, "rows")),
-        )
-        loss = float(losses.sum() / self.validation.supervised.sum())
+        loss = self._validation_loss(self.validation)
         # The base itself, at step 0, is where the run starts from and never its result.
         best = position.step > 0 and (position.best_eval_loss is None or loss < position.best_eval_loss)
         position.eval_losses.append([position.step, loss])
@@ -148,9 +144,21 @@ class Loop:
         self.emit(Evaluated(position.step, loss, best))
         if best and self.config.train.load_best_model_at_end:
             self.save()
-        patience = self.config.train.early_stopping_patience
-        if patience is not None and position.evals_since_best >= patience and position.step < self.plan.steps.total:
-            self.stopped = f"no better validation loss in {patience} evaluations"
+
+    def _validation_loss(self, validation: Examples) -> float:
+        while True:
+            try:
+                losses = example_losses(
+                    self.learner.model,
+                    self.learner.computation,
+                    validation,
+                    micro_batch_tokens=self.position.micro_batch_tokens,
+                    world=self.world,
+                    progress=lambda done, of: self.emit(Working("evaluating", done, of, "rows")),
+                )
+                return float(losses.sum() / validation.supervised.sum())
+            except OutOfMemory:
+                self._halve(self.position.step, int(validation.lengths.max()))
 
     def save(self) -> None:
         """A checkpoint of this step; older ones are pruned once it is complete."""
@@ -178,16 +186,17 @@ class Loop:
 
     def _account(self, step: int, result: StepResult, tokens: int, supervised: int, seconds: float) -> None:
         position, total = self.position, self.plan.steps.total
-        self._last = result
         position.step = step
         position.train_seconds += seconds
-        position.num_tokens += tokens
-        position.num_supervised_tokens += supervised
-        position.window_loss += result.loss * supervised
-        position.window_tokens += tokens
-        position.window_supervised += supervised
         position.window_seconds += seconds
-        position.step_losses.append([result.loss * supervised, supervised])
+        if not _skipped(result):  # one loss that is not a number would hide all others of its line
+            position.learning_rate, position.grad_norm = result.learning_rate, result.grad_norm
+            position.num_tokens += tokens
+            position.num_supervised_tokens += supervised
+            position.window_loss += result.loss * supervised
+            position.window_tokens += tokens
+            position.window_supervised += supervised
+            position.step_losses.append([result.loss * supervised, supervised])
         if step == min(STEPS_BEFORE_MEASURED, total):
             self.emit(Measured(self._seconds_left()))
         self.emit(
@@ -210,6 +219,7 @@ class Loop:
     def _skip(self, step: int, result: StepResult, places: list[str]) -> None:
         """A non-finite step: said, counted, and after a few in a row the end."""
         self.position.skipped_in_a_row += 1
+        self._write({"step": step, "skipped": True})
         what = "loss" if result.loss != result.loss or abs(result.loss) == float("inf") else "gradient"
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         self.emit(Warned(f"step {step:,}: the {what} is not finite; the step was skipped. Its rows: {named}"))
@@ -228,7 +238,7 @@ class Loop:
             raise TrainingError(
                 f"out of memory at step {step:,}, with one row at a time ({longest:,} tokens)",
                 remedy=f"Shorter rows (data.max_length below {longest}), train.gradient_checkpointing: true,\n"
-                "model.quantization: {type: nf4} or train.optim: adamw_8bit need less.",
+                f"model.quantization: {{type: nf4}} or train.optim: adamw_8bit need less.{self._kept()}",
             )
         self.position.micro_batch_tokens = max(before // 2, 1)
         self._write({"step": step, "micro_batch_tokens": self.position.micro_batch_tokens, "out_of_memory": True})
@@ -239,12 +249,21 @@ class Loop:
             )
         )
 
+    def _lost_patience(self) -> str | None:
+        """Why the run ends early, if it does; a function of the position, so that a resumed run ends as well."""
+        patience = self.config.train.early_stopping_patience
+        lost = patience is not None and self.position.evals_since_best >= patience
+        if not lost or self.position.step >= self.plan.steps.total:
+            return None
+        return f"no better validation loss in {patience} evaluations"
+
     def _due(self, every: int | None) -> bool:
         return every is not None and self.position.step % every == 0
 
     def _eval_steps(self) -> int | None:
         value = self.config.train.eval_steps
-        return max(1, round(value * self.plan.steps.total)) if value is not None and value < 1 else _whole(value)
+        share = value is not None and value < 1
+        return math.ceil(value * self.plan.steps.total) if share else _whole(value)  # rounded as transformers does
 
     def _minutes_are_over(self) -> bool:
         minutes = self.config.train.save_minutes
@@ -287,9 +306,24 @@ class Loop:
         raise Interrupted(
             number,
             f"stopped by {signal.Signals(number).name} after step {self.position.step:,}; checkpoint written",
-            remedy=f"To go on: lora train CONFIG --resume, with the config that it was started with\n"
-            f"  {self.folder.checkpoint(self.position.step)}",
+            remedy=self._resume_command(),
         )
+
+    def _resume_command(self) -> str:
+        return f"Go on with: lora train {shlex.quote(str(self.folder.config_file))} --resume"
+
+    def _kept(self) -> str:
+        """What is left of a run that runs out of memory: nothing has moved since its last step, so that is saved."""
+        if not self.position.step:
+            return ""
+        self.save()
+        saved = self.folder.checkpoint(self.position.step)
+        return f"\nSaved: {saved}\nOnce memory is free: {self._resume_command().removeprefix('Go on with: ')}"
+
+
+def _skipped(result: StepResult) -> bool:
+    """Whether the step was left out for a loss or gradient that is not finite; float16's scaler does that routinely."""
+    return not result.applied and not result.scaler_skipped
 
 
 def _whole(value: float | None) -> int | None:

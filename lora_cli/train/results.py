@@ -21,7 +21,7 @@ from lora_cli.report.events import Emit, Summary, Working
 from lora_cli.report.html import ReportInput, render_report
 from lora_cli.report.sections import Sample
 from lora_cli.report.svg import Mark
-from lora_cli.runs.atomic import write_json, write_text
+from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
 from lora_cli.runs.folder import RunFolder
 from lora_cli.train.loop import Loop
@@ -78,6 +78,7 @@ def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepare
         model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(temporary))
     prepared.tokenizer.save_pretrained(temporary)
+    settle(temporary)
     shutil.rmtree(folder.adapter_dir, ignore_errors=True)
     os.replace(temporary, folder.adapter_dir)
 

@@ -5,6 +5,7 @@ config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Lo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_cli.config import Config, dump_config, load_config
+from lora_cli.data.cache import tokenizer_fingerprint
 from lora_cli.engine.assembly import causal_lm, load_model, make_computation, make_trainable, trainable_parameters
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
 from lora_cli.engine.planning import Prepared, check_against_plan, prepare
@@ -22,11 +24,17 @@ from lora_cli.report.events import Emit, Finished, Planned, Summary, Warned, Wor
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.environment import describe_environment
 from lora_cli.runs.folder import RunFolder
-from lora_cli.train.checkpoint import Position, load_checkpoint, load_parameters, newest_checkpoint
+from lora_cli.train.checkpoint import (
+    Position,
+    load_checkpoint,
+    load_parameters,
+    newest_checkpoint,
+    remove_later_checkpoints,
+)
 from lora_cli.train.differences import refuse_differences
 from lora_cli.train.loop import Loop
 from lora_cli.train.results import read_summary, write_results
-from lora_cli.train.trackers import Trackers, flat_settings, start_trackers
+from lora_cli.train.trackers import Trackers, flat_settings, require_trackers, start_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +55,7 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
     """
     folder = RunFolder(Path(config.output_dir))
     folder.refuse_occupied(resume=resume)
+    require_trackers(config.train.report_to)
     world = join_world()
     emit = emit if world.is_main else ignore
     if resume:
@@ -58,14 +67,16 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
         emit(Finished(finished))
         return finished
     emit(Planned(prepared.plan))
-    if not world.is_main:
-        return _run(folder, prepared, world, resume, emit)
-    with folder.claim(resume=resume):
-        _write_origin(folder, prepared)
-        return _run(folder, prepared, world, resume, emit)
+    model, learner = _assemble(prepared, world, emit)
+    with folder.claim(resume=resume) if world.is_main else nullcontext():
+        position = _start(folder, learner, prepared, resume, emit)
+        if world.is_main:
+            _write_origin(folder, prepared)
+        return _run(folder, prepared, model, learner, position, world, emit)
 
 
-def _run(folder: RunFolder, prepared: Prepared, world: World, resume: bool, emit: Emit) -> Summary:
+def _assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedModel | PeftModel, Learner]:
+    """The model with its weights, and what trains it. The last of the user's mistakes show here: nothing is written."""
     config = prepared.config
     emit(Working("loading weights"))
     computation = make_computation(config, prepared.proof, world.device)
@@ -73,8 +84,19 @@ def _run(folder: RunFolder, prepared: Prepared, world: World, resume: bool, emit
     model = make_trainable(base, config, computation, prepared.tokenizer)
     if not config.model.resize_embeddings:
         check_against_plan(model, prepared.plan)
-    learner = _learner(model, prepared, world)
-    position = _start(folder, learner, prepared, resume, emit)
+    return model, _learner(model, prepared, world)
+
+
+def _run(
+    folder: RunFolder,
+    prepared: Prepared,
+    model: PreTrainedModel | PeftModel,
+    learner: Learner,
+    position: Position,
+    world: World,
+    emit: Emit,
+) -> Summary:
+    config = prepared.config
     trackers = start_trackers(config, str(folder.path), flat_settings(config)) if world.is_main else Trackers()
     loop = Loop(
         config, prepared.plan, learner, prepared.train, prepared.validation, world, folder, position, emit, trackers
@@ -120,12 +142,14 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
     Raises:
         RunFolderError: the data is not what the checkpoint was made on.
     """
-    fresh = Position(micro_batch_tokens=prepared.plan.engine.micro_batch_tokens, threads=torch.get_num_threads())
+    tokens = prepared.plan.engine.micro_batch_tokens
+    fresh = Position(micro_batch_tokens=tokens, asked_micro_batch_tokens=tokens, threads=torch.get_num_threads())
     if not resume:
         return fresh
     newest = newest_checkpoint(folder)
     if newest is None:
         folder.cut_metrics(0)
+        remove_later_checkpoints(folder, 0)
         return fresh
     position, fingerprint = load_checkpoint(newest, learner)
     if fingerprint != prepared.train.fingerprint:
@@ -134,6 +158,9 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
             remedy="Bring the data back as it was, or start anew with --output-dir.",
         )
     folder.cut_metrics(position.metrics_bytes)
+    remove_later_checkpoints(folder, position.step)
+    if position.asked_micro_batch_tokens != tokens:
+        position.micro_batch_tokens = position.asked_micro_batch_tokens = tokens
     if position.threads != torch.get_num_threads():
         emit(
             Warned(
@@ -173,5 +200,6 @@ def _environment(prepared: Prepared) -> dict[str, Any]:
         "fingerprints": {
             "train": prepared.train.fingerprint,
             "validation": None if prepared.validation is None else prepared.validation.fingerprint,
+            "tokenizer": tokenizer_fingerprint(prepared.tokenizer),
         },
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from lora_cli.config import Config
@@ -28,19 +29,26 @@ class Trackers:
             tracker.finish()
 
 
-def start_trackers(config: Config, logging_dir: str, settings: dict[str, Any]) -> Trackers:
-    """Start the trackers that `train.report_to` names, each under the name of the run.
+def require_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker whose package isn't there.
 
     Raises:
-        UserError: a tracker whose package isn't installed.
+        UserError: with what to install.
     """
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(
+                f"train.report_to: {name} is not installed", remedy=f'pip install "lora-cli[{name}]", or leave it out'
+            )
+
+
+def start_trackers(config: Config, logging_dir: str, settings: dict[str, Any]) -> Trackers:
+    """Start the trackers that `train.report_to` names, each under the name of the run."""
     if not config.train.report_to:
         return Trackers()
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    for name in config.train.report_to:
-        _require(name)
     accelerator = Accelerator(
         log_with=list(config.train.report_to),
         project_config=ProjectConfiguration(project_dir=logging_dir, logging_dir=logging_dir),
@@ -63,15 +71,6 @@ def flat_settings(config: Config) -> dict[str, int | float | str | bool]:
 
     walk("", config.model_dump(mode="json"))
     return found
-
-
-def _require(name: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(name) is None:
-        raise UserError(
-            f"train.report_to: {name} is not installed", remedy=f'pip install "lora-cli[{name}]", or leave it out'
-        )
 
 
 def _cuda() -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import lora_cli
 from lora_cli import load_config
@@ -100,7 +99,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def conversation() -> str:
         turns = range(random.randint(1, 3))
-        pairs = [({"role": "user", "content": said(9)}, {"role": "assistant", "content": said(6)}) for _ in turns]
+        pairs = [({"role": "user", "content": said(8)}, {"role": "assistant", "content": said(5)}) for _ in turns]
         return json.dumps({"messages": [message for pair in pairs for message in pair]}) + "\n"
 
     (folder / "train.jsonl").write_text("".join(conversation() for _ in range(TRAIN_ROWS)))
@@ -128,7 +127,7 @@ def write_config(tiny: Path, rows: Path) -> Callable[..., Path]:
     def write(folder: Path, **sections: Any) -> Path:
         config: dict[str, Any] = {
             "model": {"name_or_path": str(tiny), "dtype": "float32"},
-            "data": {"train": str(rows / "train.jsonl"), "max_length": 96, "cache": False},
+            "data": {"train": str(rows / "train.jsonl"), "max_length": 128, "cache": False},
             "train": {"max_steps": 8, "batch_size": 8, "learning_rate": 1e-2, "logging_steps": 3},
             "output_dir": str(folder / "run"),
         }
@@ -136,7 +135,7 @@ def write_config(tiny: Path, rows: Path) -> Callable[..., Path]:
             merge = isinstance(value, dict) and isinstance(config.get(name), dict)
             config[name] = {**config[name], **value} if merge else value
         path = folder / "tiny.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(json.dumps(config, indent=2))
         return path
 
     return write

@@ -7,7 +7,10 @@ config says so, by bitsandbytes' own code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +33,31 @@ def load_on_meta(
     attention: str,
     quantization: QuantizationConfig | None = None,
     trust_remote_code: bool = False,
+    warm_up: bool = True,
 ) -> PreTrainedModel:
-    """The base, frozen; call it while `tracer` records and `meta` pretends to be the target."""
-    model = build_on_meta(architecture, trust_remote_code=trust_remote_code, dtype=dtype, attention=attention)
-    model.requires_grad_(False)
-    names = _place_quantized_layers(model, quantization, dtype) if quantization is not None else set()
-    # The loader counts tied weights once, and half a byte for each value of a 4-bit weight.
-    packed_bytes = 1.0 if quantization is not None and quantization.type == "int8" else 0.5
-    sizes = (p.numel() * (packed_bytes if n in names else p.element_size()) for n, p in model.named_parameters())
-    tracer.take_and_give_back([int(sum(sizes)) // 2 * 2], "transformers' warm-up")
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: _natural(item[0])):
-        if name in names:
-            _quantize(model.get_submodule(name.rpartition(".")[0]), dtype)
-        else:
-            tracer.register([parameter], "other weights")
+    """The base, frozen; call it while `tracer` records and `meta` pretends to be the target.
+
+    Args:
+        warm_up: loaded with a `device_map`, as our trainer does; without one, weights go to the card one by one.
+    """
+    with tracer.aside():
+        model = build_on_meta(architecture, trust_remote_code=trust_remote_code, dtype=dtype, attention=attention)
+        model.requires_grad_(False)
+        names = _place_quantized_layers(model, quantization, dtype) if quantization is not None else set()
+    if warm_up:
+        # The loader counts tied weights once, and half a byte for each value of a 4-bit weight.
+        packed_bytes = 1.0 if quantization is not None and quantization.type == "int8" else 0.5
+        sizes = (p.numel() * (packed_bytes if n in names else p.element_size()) for n, p in model.named_parameters())
+        tracer.take_and_give_back([int(sum(sizes)) // 2 * 2], "transformers' warm-up")
+    with _own_tables(bool(names)):
+        parameters = list(model.named_parameters())
+        if warm_up:
+            parameters.sort(key=lambda item: _natural(item[0]))
+        for name, parameter in parameters:
+            if name in names:
+                _quantize(model.get_submodule(name.rpartition(".")[0]), dtype)
+            else:
+                tracer.register([parameter], "other weights")
     tracer.register(model.buffers(), "other weights")
     label_weights(model, tracer)
     return model
@@ -90,7 +104,6 @@ def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
         module.weight = weight
         return
     old = module.weight
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())  # a table that must not be on meta
     packed, state = functional.quantize_4bit(
         torch.empty((rows, columns), dtype=dtype, device="meta"),
         blocksize=old.blocksize,
@@ -110,6 +123,19 @@ def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
         bnb_quantized=True,
     )
     module.quant_state = state
+
+
+@contextmanager
+def _own_tables(quantized: bool) -> Iterator[None]:
+    """bitsandbytes keeps a table on the device that first asks for it: one on `meta` must not stay behind."""
+    if not quantized:
+        yield
+        return
+    from bitsandbytes import functional
+
+    with mock.patch.dict(functional.name2qmap):
+        functional.name2qmap.pop("dynamic", None)
+        yield
 
 
 def _quantization_state(parameter: nn.Parameter) -> list[Tensor]:

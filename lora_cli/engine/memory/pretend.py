@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from lora_cli.engine.memory.casts import cast_arguments
 from lora_cli.engine.target import Target
@@ -42,6 +43,8 @@ def pretend(target: Target) -> Iterator[None]:
             with mode:  # which PyTorch suspends within `backward`, while recomputed layers need it
                 return run_backward(*args, **kwargs)
 
+        # A recomputed tensor is compared with the first one's device, asked for once inside this mode and once outside.
+        stack.enter_context(mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=lambda _: None))
         stack.enter_context(mock.patch("torch.autograd._engine_run_backward", with_mode))
         stack.enter_context(mode)
         yield
@@ -70,17 +73,17 @@ class _Pretend(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _GET_DEVICE:
+        if func == _GET_DEVICE:
             device = func(*args)
             return self._device if device.type == "meta" else device
-        if func is _IS_CUDA or func is _IS_CPU:
-            if func(args[0]) or not args[0].is_meta:
+        if func == _IS_CUDA or func == _IS_CPU:
+            if _GET_DEVICE(args[0]).type != "meta":
                 return func(args[0])
-            return self._target.kind == ("cuda" if func is _IS_CUDA else "cpu")
+            return self._target.kind == ("cuda" if func == _IS_CUDA else "cpu")
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": self._really(kwargs["device"])}
-        if func is Tensor.tolist and args[0].is_meta:
+        if func is Tensor.tolist and _GET_DEVICE(args[0]).type == "meta":
             return torch.zeros(args[0].shape).tolist()
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], torch.device | str):
             args = (args[0], self._really(args[1]), *args[2:])
@@ -102,36 +105,44 @@ class _Pretend(TorchFunctionMode):
 def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`F.scaled_dot_product_attention` on CUDA: flash where it can, else memory-efficient, else written out.
 
-    After `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`. cuDNN's, first choice on Hopper in some
+    After `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`: flash from Ampere on, for 16 bits, without a mask;
+    memory-efficient without grouped heads, and in bfloat16 from Ampere on. cuDNN's, first choice on Hopper in some
     releases, takes as much memory as flash.
     """
     query, key, value, mask, dropout, causal, scale, grouped = _attention_arguments(*args, **kwargs)
     half = query.dtype in (torch.float16, torch.bfloat16)
-    size = query.shape[-1]
-    flash = half and target.capability >= (8, 0) and mask is None and size <= 256 and value.shape[-1] == size
-    if grouped and not flash:
-        groups = query.shape[1] // key.shape[1]
-        scores_grouped = key.shape[1] != query.shape[1]
-        if scores_grouped:
+    ampere = target.capability >= (8, 0)
+    groups = query.shape[1] // key.shape[1]
+    if half and ampere and mask is None and query.shape[-1] <= 256 and query.shape[-1] == value.shape[-1]:
+        return _flash(query, key, value, dropout, causal, scale)
+    unfused = (grouped and groups > 1) or (query.dtype == torch.bfloat16 and not ampere)
+    if target.attention_kernel == "efficient":
+        unfused = False
+        if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-            return aten._scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, scale=scale)[0]
-    if flash:
-        padded = -(-size // 8) * 8
-        if padded != size:
-            query, key, value = (F.pad(t, (0, padded - size)) for t in (query, key, value))
-            scale = size**-0.5 if scale is None else scale
-        output = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, False, scale=scale)[0]
-        return output if padded == size else output[..., :size]
-    if query.dtype == torch.bfloat16 and target.capability < (8, 0):
-        return aten._scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, scale=scale)[0]
+    if unfused:
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
+        )[0]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    gradient = any(t.requires_grad for t in (query, key, value))
+    trained = any(t.requires_grad for t in (query, key, value))
     return aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, gradient, dropout, causal, scale=scale
+        query, key, value, mask, trained, dropout, causal, scale=scale
     )[0]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, scale: float | None) -> Tensor:
+    """Head sizes are padded to a multiple of 8."""
+    size = query.shape[-1]
+    padding = -size % 8
+    if padding:
+        query, key, value = (F.pad(t, (0, padding)) for t in (query, key, value))
+        scale = size**-0.5 if scale is None else scale
+    output: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout, causal, False, scale=scale)[0]
+    return output[..., :size] if padding else output
 
 
 def _attention_arguments(

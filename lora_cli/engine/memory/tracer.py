@@ -35,9 +35,13 @@ class Tracer(TorchDispatchMode):
         device_type: `meta`, or `cpu` for real tensors.
         scratch: what kernels of the target take and give back within one call.
         vocabulary: a tensor whose last dimension is this is counted as logits.
+        truth: what a condition on a `meta` tensor comes to. Models ask whether positions run on without a
+            restart (`find_packed_sequence_indices`): true of a row that holds one document.
     """
 
-    def __init__(self, device_type: str, scratch: Scratch, vocabulary: int | None = None) -> None:
+    def __init__(
+        self, device_type: str, scratch: Scratch, vocabulary: int | None = None, *, truth: bool = False
+    ) -> None:
         super().__init__()
         self.trace = Trace()
         self.phase = "load"
@@ -45,6 +49,8 @@ class Tracer(TorchDispatchMode):
         self._device_type = device_type
         self._scratch = scratch
         self._vocabulary = vocabulary
+        self._truth = truth
+        self._aside = False
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._sum: _Sum | None = None
@@ -72,8 +78,10 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._aside:
+            return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return _zero(args[0].dtype)
+            return self._truth if args[0].dtype == torch.bool else _zero(args[0].dtype)
         sizes = self._scratch.sizes(func, args)
         result = self._shapes.run(func, args, kwargs) if self._shapes is not None else func(*args, **kwargs)
         if type(result) is Tensor:
@@ -106,6 +114,19 @@ class Tracer(TorchDispatchMode):
                     self._follow(storage, self._birth(storage.nbytes(), kind, ""))
                 else:
                     self.trace.births[number].kind = kind
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it, nothing is recorded: what happens here would not happen on the card."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    def begin(self, phase: str) -> None:
+        self.phase = phase
+        self.trace.mark(phase)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -212,8 +233,6 @@ class _Sum:
         self.number, self.position, self.addends = number, position, addends
 
 
-def _zero(dtype: torch.dtype) -> float | int | bool:
-    """What a meta tensor's value is taken to be: finite, and false."""
-    if dtype == torch.bool:
-        return False
+def _zero(dtype: torch.dtype) -> float | int:
+    """What a `meta` tensor's value is taken to be: finite."""
     return 0.0 if dtype.is_floating_point else 0

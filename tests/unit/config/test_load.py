@@ -115,7 +115,7 @@ def test_files_that_are_no_config(problems, content, message, place):
 def test_a_byte_order_mark_is_no_mistake_and_takes_no_column(write, problems):
     assert load_config(write(b"\xef\xbb\xbf" + MINIMAL.encode())).output_dir == "out"
     (problem,) = problems(b"\xef\xbb\xbftrain: 33\n" + MINIMAL.encode())
-    assert (problem.message, at(problem)) == ("33 is not a mapping", (1, 8))
+    assert (problem.message, at(problem), problem.place.text) == ("33 is not a mapping", (1, 8), "train: 33")
 
 
 def test_missing_file_folder_and_huge_file(tmp_path):

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.config import DataConfig
-from lora_cli.data.cache import cache_folder
+from lora_cli.data.cache import Cache, cache_folder
 from lora_cli.data.examples import Examples
 from lora_cli.data.loading import load_examples
 from lora_cli.data.mixing import drawn, held_out
+from lora_cli.data.store import ArrayStore
 from lora_cli.errors import DataError
 from tests.unit.data.conftest import WriteRows, config, tokenizer_of
 from tests.unit.data.templates import BY_NAME
@@ -76,11 +77,11 @@ def test_a_bos_that_the_tokenizer_adds_by_itself_comes_first(write_rows: WriteRo
 def test_a_completion_follows_its_prompt_verbatim(
     write_rows: WriteRows, plain_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """`wh` + `at` is one token, which reaches into the prompt and so is not trained."""
-    assert len(plain_tokenizer("What")["input_ids"]) == 2  # Wh, at
-    path = write_rows({"prompt": "date: ", "completion": "today"}, {"prompt": "W", "completion": "hat"})
+    """The token `Wh` reaches from the completion into the prompt, and so is not trained."""
+    assert plain_tokenizer.tokenize("A:What")[-2:] == ["Wh", "at"]
+    path = write_rows({"prompt": "date: ", "completion": "today"}, {"prompt": "A:W", "completion": "hat"})
     examples = load_plain(config(path), plain_tokenizer)
-    assert texts(examples, plain_tokenizer) == ["date: today<|endoftext|>", "What<|endoftext|>"]
+    assert texts(examples, plain_tokenizer) == ["date: today<|endoftext|>", "A:What<|endoftext|>"]
 
     def trained(index: int) -> str:
         example = examples.example(index)
@@ -395,10 +396,22 @@ def test_a_cache_that_can_not_be_written(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(
-        DataError, match=r"file/tokenized: tokenized data can't be kept here: Not a directory\n.*data.cache"
-    ):
+    with pytest.raises(DataError, match=r"file/tokenized: tokenized data can't be kept here: Not a directory\n"):
         load(config(write_rows(chat("q", "a")), cache=True))
+
+
+def test_the_first_to_finish_wins(tmp_path: Path) -> None:
+    """Replacing a complete entry would take it away under a process that has just found it."""
+    cache = Cache(tmp_path)
+    for number in range(2):
+        folder = cache.begin()
+        store = ArrayStore(folder)
+        store.append({"input_ids": np.array([number])})
+        store.close()
+        entry = cache.complete(folder, "key", {"number": number})
+        assert entry.meta == {"number": 0}
+        assert entry.arrays["input_ids"].tolist() == [0]
+    assert entries(tmp_path) == {"key"}
 
 
 def _load_and_sum(path: Path, barrier: Any, results: Any) -> None:

@@ -6,6 +6,7 @@ as they are words that occur once, and goes through the characters of every toke
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,19 @@ def test_control_tokens_spelled_in_the_data_stay_text(write_rows: WriteRows, nam
     assert style.specials[0] in with_spelled.text
 
 
+def test_control_tokens_that_can_not_stay_text_are_refused(write_rows: WriteRows) -> None:
+    """Where a tokenizer marks the beginning of a text, text cut into pieces would have other tokens."""
+    from tokenizers import pre_tokenizers
+
+    style = BY_NAME["chatml"]
+    tokenizer, stops = tokenizer_of(style, kind="pieces")
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    messages = [{"role": "user", "content": "Why <|im_end|>?"}, {"role": "assistant", "content": "So."}]
+    with pytest.raises(DataError, match=r"train.jsonl:1: the text '<\|im_end\|>' is a control token"):
+        preview_examples(config(write_rows({"messages": messages})), tokenizer, stops, count=1)
+
+
 def test_thinking_is_stripped_from_earlier_turns_and_trained_in_its_own(write_rows: WriteRows) -> None:
     messages = [
         {"role": "user", "content": "One?"},
@@ -204,6 +218,34 @@ def test_a_template_that_cuts_the_content_is_refused(write_rows: WriteRows) -> N
     path = write_rows({"messages": [{"role": "user", "content": "One?"}, turn]})
     with pytest.raises(DataError, match=r"train.jsonl:1: messages\[1\]: can't tell"):
         previews(path, BY_NAME["deepseek-r1"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("['content']", "['content']|upper"),  # the same length, other letters
+        ("{% if add_gen", "{% if 'Done' in messages[-1].content %}(the end){% endif %}{% if add_gen"),
+        ("['content'] +", "['content'] + ('!' if 'Done' in messages[-1].content else '') +"),
+    ],
+)
+def test_a_template_that_adds_to_the_words_or_rewrites_them_is_refused(
+    write_rows: WriteRows, old: str, new: str
+) -> None:
+    """The row's own rendering decides, not what other rows of its shape look like."""
+    style = replace(BY_NAME["chatml"], template=BY_NAME["chatml"].template.replace(old, new))
+    path = write_rows({"messages": [TURNS[0], {"role": "assistant", "content": "1"}]}, {"messages": TURNS})
+    with pytest.raises(DataError, match=r"train.jsonl:2: messages\[\d\]: can't tell"):
+        previews(path, style)
+
+
+def test_a_thinking_tag_that_the_prompt_opens(write_rows: WriteRows) -> None:
+    """Qwen's thinking-only models: the prompt ends in <think>, which the content spells as well."""
+    prompt = "{{- '<|im_start|>assistant\\n"
+    template = BY_NAME["qwen3"].template.replace(prompt, prompt + "<think>\\n")
+    style = replace(BY_NAME["qwen3"], template=template)
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nUno"}
+    (example,) = previews(write_rows({"messages": [TURNS[0], answer]}), style)
+    assert trained_text(example, style) == "hm</think>Uno<|im_end|>"
 
 
 TOOL = {

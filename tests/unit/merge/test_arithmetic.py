@@ -17,7 +17,7 @@ from lora_cli.merge.work import plan_work
 from lora_cli.model.architecture import read_architecture
 from lora_cli.report.events import ignore
 
-from tiny import oracle, save_adapter, save_base
+from tests.unit.merge.tiny import oracle, save_adapter, save_base
 
 
 def merged_to(folder: Path, base_folder: Path, adapter: Path, max_shard_bytes: int = 10**9) -> Written:

@@ -1,0 +1,50 @@
+"""The model card of a merged model. Says only what holds on any machine: hub ids and figures, never a local path."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from lora_cli.merge.result import MergeReport
+from lora_cli.merge.target import Target
+from lora_cli.runs.card import hub_id
+
+
+def merged_card(target: Target, report: MergeReport, settings: str) -> str:
+    """README.md of the merged model; `settings` describes the adapter."""
+    base = hub_id(target.model.name_or_path)
+    title = re.sub(r"[^\w .-]", " ", target.name).strip()
+    lines = ["---"]
+    if base:
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- lora", "- merged", "---"]
+    about = f"[{base}](https://huggingface.co/{base})" if base else "a local model"
+    lines += ["", f"# {title}", "", f"A LoRA adapter merged into {about}.", "", "| | |", "|---|---|"]
+    lines += [f"| {label} | {text} |" for label, text in _figures(report, settings)]
+    return "\n".join([*lines, ""])
+
+
+def _figures(report: MergeReport, settings: str) -> list[tuple[str, str]]:
+    figures = [
+        ("adapter", settings),
+        ("merged", f"{report.changed:,} of {report.tensors:,} tensors, summed in float32, rounded once to {report.dtype}"),
+        ("into", f"the {report.base.base} weights: {report.base.why}"),
+    ]
+    check = report.verification
+    if check is None:
+        return [*figures, ("verification", "every tensor accounted for; the numbers were not compared")]
+    verdict = "verified" if check.verified else "not verified"
+    return [
+        *figures,
+        (
+            "verification",
+            f"{verdict}: over {check.positions:,} positions logits differ from base + adapter by at most "
+            f"{check.max_logit_difference:.2g} (tolerance {check.tolerance:.2g}), KL {check.kl:.1e}, "
+            f"same top token {check.top1_agreement:.2%}",
+        ),
+        (
+            "loss",
+            f"base {check.loss_base:.4f}, base + adapter {check.loss_adapter:.4f}, merged {check.loss_merged:.4f} "
+            f"(nats per token, {check.rows})",
+        ),
+    ]

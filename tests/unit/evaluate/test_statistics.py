@@ -1,0 +1,96 @@
+"""Figures, intervals and the sign test, against brute force and against what they claim."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_cli.evaluate.statistics import Ratio, compare, perplexity, sign_test, student_quantile
+from lora_cli.report.comparison import Measure
+
+
+def one(base, adapter, per, seed=0):
+    [measure] = compare([Ratio("loss", *(np.array(x, dtype=float) for x in (base, adapter, per)))], seed=seed)
+    return measure
+
+
+def test_a_figure_is_weighted_by_tokens_not_by_rows():
+    measure = one([10.0, 1.0], [5.0, 2.0], [10, 1])
+    assert (measure.base, measure.adapter, measure.difference) == pytest.approx((1.0, 7 / 11, -4 / 11))
+
+
+def test_equal_rows_differ_by_exactly_zero():
+    losses = np.random.default_rng(0).gamma(2, 3, 40)
+    measure = one(losses, losses, np.arange(1, 41))
+    assert (measure.difference, measure.low, measure.high) == (0.0, 0.0, 0.0)
+
+
+def test_rows_are_drawn_in_pairs():
+    # The rows differ wildly from each other, base and adapter by the same for each: unpaired draws would see noise.
+    base = np.random.default_rng(0).uniform(0, 1000, 50)
+    measure = one(base, base - 0.5, np.ones(50))
+    assert measure.low == pytest.approx(-0.5)
+    assert measure.high == pytest.approx(-0.5)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    rng = np.random.default_rng(1)
+    columns = rng.gamma(2, 3, 30), rng.gamma(2, 3, 30), rng.integers(1, 20, 30)
+    assert one(*columns, seed=5) == one(*columns, seed=5)
+    assert one(*columns, seed=5) != one(*columns, seed=6)
+
+
+@pytest.mark.parametrize("rows", [6, 15, 80])
+def test_intervals_hold_what_they_claim(rows):
+    """Rows of skewed length whose effect depends on it: of 95 % intervals, about 95 % hold the truth."""
+    rng = np.random.default_rng(rows)
+
+    def draw(count):
+        tokens = np.ceil(rng.lognormal(3, 0.7, count))
+        base = tokens * rng.gamma(4, 0.5, count)
+        return base, base + tokens * (rng.normal(-0.3, 0.4, count) + 0.02 * np.log(tokens)), tokens
+
+    base, adapter, tokens = draw(1_000_000)
+    truth = (adapter - base).sum() / tokens.sum()
+    draws = 150
+    held = sum(m.low <= truth <= m.high for m in (one(*draw(rows), seed=s) for s in range(draws)))
+    assert 0.88 <= held / draws <= 0.995
+
+
+@pytest.mark.parametrize(
+    ("freedom", "known"), [(4, 2.776445), (9, 2.262157), (30, 2.042272), (1000, 1.962339)]
+)  # tables
+def test_students_quantile(freedom, known):
+    assert student_quantile(0.975, freedom) == pytest.approx(known, rel=3e-3)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 3), (6, 0), (1, 8), (7, 4)])
+def test_the_sign_test_counts_outcomes(better, worse):
+    count = better + worse
+    as_uneven = [
+        min(sum(signs), count - sum(signs)) <= min(better, worse) for signs in product((0, 1), repeat=count)
+    ]
+    assert sign_test(better, worse) == pytest.approx(min(1.0, sum(as_uneven) / len(as_uneven)))
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000))
+def test_the_sign_test_is_a_probability(better, worse):
+    p = sign_test(better, worse)
+    assert 0 <= p <= 1
+    assert p == sign_test(worse, better)
+
+
+def test_perplexity_is_a_loss_in_other_words():
+    measure = perplexity(Measure("loss", 2.0, 1.5, -0.5, -0.6, -0.4))
+    assert measure.base == pytest.approx(math.exp(2.0))
+    assert measure.difference == pytest.approx(math.exp(1.5) - math.exp(2.0))
+    assert measure.low < measure.difference < measure.high < 0
+
+
+def test_a_perplexity_beyond_floating_point_is_infinite():
+    assert perplexity(Measure("loss", 2.0, 1e6, 1e6, 1e6, 1e6)).adapter == math.inf
