@@ -49,6 +49,14 @@ def make_adapter(folder, base_folder, *, scale, seed=0, **settings):
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
 
 
+def make_harmful_adapter(folder, base_folder):
+    """It trains the last norm as well, and makes the model very sure of its random choices."""
+    make_adapter(folder, base_folder, scale=0, modules_to_save=["ln_f"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    loud = {name: tensor * 50 if "ln_f" in name else tensor for name, tensor in tensors.items()}
+    save_file(loud, folder / "adapter_model.safetensors")
+
+
 @pytest.fixture
 def run(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "copied")
@@ -127,7 +135,7 @@ def test_zero_b_is_no_difference(run, tiny, lora):
 @pytest.mark.parametrize("asked", [("--fail-if-worse",), ("--min-improvement", "0")])
 def test_a_harmful_adapter_exits_3_after_saying_why(run, tiny, lora, asked):
     shutil.rmtree(run / "adapter")
-    make_adapter(run / "adapter", tiny, scale=30.0)
+    make_harmful_adapter(run / "adapter", tiny)
     assert lora("eval", run)[0] == 0
     code, out, err = lora("eval", run, *asked)
     assert code == 3
@@ -350,7 +358,7 @@ def test_generate_gives_base_and_adapters_for_each_prompt(run, tiny, tmp_path, l
 
 def test_generation_stops_where_positions_end(run):
     sampling = Sampling(max_new_tokens=500)
-    result = generate(run, prompts=["noon " * 40], sampling=sampling)
+    result = generate(run, prompts=["noon " * 15], sampling=sampling)
     assert len(result.outputs) == 2
     with pytest.raises(UserError, match="positions"):
         generate(run, prompts=["noon " * 400], sampling=sampling)
