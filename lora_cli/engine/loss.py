@@ -45,6 +45,9 @@ def full_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Ten
         use_cache=False,
         **attention,
     )
+    if not batch.num_supervised_tokens:  # a mean over nothing isn't a number
+        nothing: Tensor = output.logits.float().sum() * 0
+        return nothing
     loss: Tensor = output.loss
     return loss.float() * batch.num_supervised_tokens
 

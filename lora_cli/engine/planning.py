@@ -195,12 +195,12 @@ def _with_adapter(config: Config, model: PreTrainedModel) -> PreTrainedModel | n
         return model
     adapter = config.adapter
     if adapter.path is not None:
-        adapter = _settings_of(adapter.path, config)
+        adapter = settings_of(adapter.path, config)
     with torch.device("meta"):
         return attach_adapter(model.requires_grad_(False), adapter, seed=0)
 
 
-def _settings_of(path: str, config: Config) -> Any:
+def settings_of(path: str, config: Config) -> Any:
     """The settings of an existing adapter, which go before those of the config."""
     import json
 

@@ -87,33 +87,34 @@ def _own_attention(model: PreTrainedModel) -> str:
 
 def _prove_packing(model: PreTrainedModel, own: str, wanted: str) -> Proof:
     packings: tuple[Packing, ...] = ("documents", "mask") if wanted in ("auto", "documents") else ("mask",)
-    cpu_own = "eager" if own.startswith("flash") else own  # its kernels run on CUDA alone; tests/gpu tries them
-    notes: list[str] = []
-    if own.startswith("flash"):
+    if own.startswith("flash"):  # its kernels run on CUDA alone; tests/gpu tries them
         return Proof("mask", "chunked", own, (), UNKNOWN, UNKNOWN, UNKNOWN)
     try:
-        alone = Computation("single", "full", torch.float32, cpu_own)
-        expected = [_logits(model, alone, [document]) for document in _documents(0)]
+        alone = Computation("single", "full", torch.float32, own)
+        expected = torch.cat([_logits(model, alone, [document]) for document in _documents(0)])
     except Exception as error:
         note = f"its own forward failed on a small copy: {_line(error)}"
         return Proof("single", "full", own, (note,), UNKNOWN, UNKNOWN, UNKNOWN)
+    failures: dict[str, str] = {}
     leak = difference = UNKNOWN
     for packing in packings:
-        computation = Computation(packing, "full", torch.float32, cpu_own)
+        computation = Computation(packing, "full", torch.float32, own)
         try:
             packed = _logits(model, computation, _documents(0))
             replaced = _logits(model, computation, [_documents(1)[0], *_documents(0)[1:]])
         except Exception as error:  # an architecture's own code may fail in any way on a packed row
-            notes.append(f"{packing}: {_line(error)}")
+            failures[packing] = _line(error)
             continue
         first = _LENGTHS[0]
         leak = _relative(packed[first:], replaced[first:])
-        difference = _relative(packed, torch.cat(expected))
+        difference = _relative(packed, expected)
         if leak <= TOLERANCE and difference <= TOLERANCE:
-            reasons = () if packing == packings[0] else (f"packs under a block-diagonal mask, {'; '.join(notes)}",)
+            reasons = (f"packs under a block-diagonal mask: {failures['documents']}",) if failures else ()
             return Proof(packing, "chunked", own, reasons, leak, difference, UNKNOWN)
-        notes.append(f"{packing}: documents see each other (leak {leak:.1e}, packed against alone {difference:.1e})")
-    return Proof("single", "chunked", own, (f"one document per row, {'; '.join(notes)}",), leak, difference, UNKNOWN)
+        failures[packing] = "documents see each other" if leak > TOLERANCE else "its layers mask more than documents"
+    different = len(set(failures.values())) > 1
+    why = "; ".join(f"by {way}, {reason}" for way, reason in failures.items()) if different else failures["mask"]
+    return Proof("single", "chunked", own, (f"one document per row: {why}",), leak, difference, UNKNOWN)
 
 
 def _prove_loss(
@@ -122,7 +123,8 @@ def _prove_loss(
     if wanted == "full" or proof.loss == "full":
         return replace(proof, loss="full")
     trained = _with_random_adapter(model, adapter)
-    computation = Computation(proof.packing, "full", torch.float32, proof.attention)
+    own = "eager" if proof.attention.startswith("flash") else proof.attention  # the loss is the same under any
+    computation = Computation(proof.packing, "full", torch.float32, own)
     batch = _batch(_documents(0)[:1] if proof.packing == "single" else _documents(0))
     try:
         computation.prepare(model)

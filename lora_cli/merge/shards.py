@@ -63,6 +63,11 @@ class StoredTensor:
             _read_into(file, memoryview(tensor.numpy()), self.file)
         return tensor.view(self.dtype).view(self.shape)
 
+    def announce(self) -> None:
+        """Let the system read ahead."""
+        with open(self.file, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), self.offset, self.num_bytes, os.POSIX_FADV_WILLNEED)
+
 
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file, in the order in which they lie.

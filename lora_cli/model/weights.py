@@ -39,7 +39,7 @@ def load_base(
         check_weight_files(folder)
     came_quantized = getattr(config, "quantization_config", None)
     if came_quantized is not None:
-        _check_prequantized(came_quantized, model)
+        check_prequantized(came_quantized, model)
     extra: dict[str, Any] = {}
     if model.quantization is not None and came_quantized is None:
         extra["quantization_config"] = bitsandbytes_config(model.quantization, dtype)
@@ -182,7 +182,7 @@ def refuse_partial(reach: Reach, quantization: QuantizationConfig) -> None:
         )
 
 
-def _check_prequantized(found: Any, model: ModelConfig) -> None:
+def check_prequantized(found: Any, model: ModelConfig) -> None:
     """A base that comes quantized is used when bitsandbytes made it and the config agrees, else refused by name."""
     settings = found if isinstance(found, dict) else found.to_dict()
     method = str(settings.get("quant_method", "unknown"))

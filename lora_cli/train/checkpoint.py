@@ -138,10 +138,10 @@ def newest_checkpoint(folder: RunFolder) -> Path | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether each file of the manifest is there with its size and hash."""
+    """Whether each file is there with the size and hash that the manifest gives it."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-        return all(_facts(path / name) == facts for name, facts in manifest.items())
+        return bool(manifest == {name: _facts(path / name) for name in (_OPTIMIZER, _STATE, _PARAMETERS)})
     except (OSError, ValueError):
         return False
 

@@ -12,6 +12,9 @@ from random import Random
 from typing import Any
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported
+
 import torch
 
 import lora_cli
@@ -108,10 +111,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _small_and_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Samples of a few tokens, no hub, a cache of its own, and one thread, on which bits depend."""
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Samples of a few tokens, a cache of its own, and one thread, on which bits depend."""
     monkeypatch.setattr(results, "SAMPLE_TOKENS", 4)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "100")
     threads = torch.get_num_threads()

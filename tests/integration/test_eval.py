@@ -207,7 +207,9 @@ def test_answers_are_those_of_transformers(run, tiny):
     rows = pyarrow.parquet.read_table(run / "eval" / "validation" / "rows.parquet").to_pydict()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), run / "adapter")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), run / "adapter"
+    )
     for who, model in (("base", base), ("adapter", adapted.eval())):
         for prompt, answer in zip(rows["prompt"], rows[f"{who}_answer"], strict=True):
             ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
@@ -343,10 +345,8 @@ def test_an_evaluation_replaces_the_one_before(run):
 def test_generate_gives_base_and_adapters_for_each_prompt(run, tiny, tmp_path, lora):
     make_adapter(tmp_path / "other", tiny, scale=0.3, seed=1)
     (tmp_path / "prompts.txt").write_text("when it rained\n\nthe rent is due\n")
-    code, out, _ = lora(
-        "generate", run, "--prompt", "noon", "--prompts-file", tmp_path / "prompts.txt", "--adapter", tmp_path / "other",
-        "--max-new-tokens", "6", "--json",
-    )  # fmt: skip
+    prompted = ("--prompt", "noon", "--prompts-file", tmp_path / "prompts.txt", "--max-new-tokens", "6")
+    code, out, _ = lora("generate", run, *prompted, "--adapter", tmp_path / "other", "--json")
     outputs = json.loads(out)["outputs"]
     assert code == 0
     who = [None, str(run / "adapter"), str(tmp_path / "other")]

@@ -173,7 +173,7 @@ class Tracer(TorchDispatchMode):
         number = self._birth(storage.nbytes(), self._kind(tensor), func.name())
         self._follow(storage, number)
         if func in _FROM_ENGINE and self.phase == "backward" and not torch.is_grad_enabled():
-            self._await_sum(number, args)
+            self._await_sum(number, storage._cdata, args)
 
     def _birth(self, size_bytes: int, kind: str, operator: str) -> int:
         return self.trace.allocate(Birth(size_bytes, kind, self.phase, self.place, operator))
@@ -197,7 +197,7 @@ class Tracer(TorchDispatchMode):
             return "one layer recomputed" if torch.is_grad_enabled() else "backward temporaries"
         return "optimizer" if self.phase == "update" else "other"
 
-    def _await_sum(self, number: int, args: tuple[Any, ...]) -> None:
+    def _await_sum(self, number: int, key: int, args: tuple[Any, ...]) -> None:
         """The engine's sum of two gradients, which without a dispatch mode goes in place where it can.
 
         It does where nothing else holds the left one, or else the right one: then that storage dies right here.
@@ -206,7 +206,7 @@ class Tracer(TorchDispatchMode):
         sizes = self.trace.births[number].size_bytes
         same = [a for a in addends if a is not None and self.trace.births[a].size_bytes == sizes]
         if same:
-            self._sum = _Sum(number, len(self.trace.events) - 1, same)
+            self._sum = _Sum(number, key, len(self.trace.events) - 1, same)
 
     def _settle_sum(self) -> None:
         """Whether the last sum went in place shows by what has died since."""
@@ -220,17 +220,15 @@ class Tracer(TorchDispatchMode):
             return
         tail = [e for e in died if e != -(reused + 1)]
         events[pending.position :] = [-(reused + 1) if e == -(pending.number + 1) else e for e in tail]
-        for key, number in self._alive.items():
-            if number == pending.number:
-                self._alive[key] = reused
-                break
+        if self._alive.get(pending.key) == pending.number:
+            self._alive[pending.key] = reused
 
 
 class _Sum:
-    __slots__ = ("addends", "number", "position")
+    __slots__ = ("addends", "key", "number", "position")
 
-    def __init__(self, number: int, position: int, addends: list[int]) -> None:
-        self.number, self.position, self.addends = number, position, addends
+    def __init__(self, number: int, key: int, position: int, addends: list[int]) -> None:
+        self.number, self.key, self.position, self.addends = number, key, position, addends
 
 
 def _zero(dtype: torch.dtype) -> float | int:

@@ -72,9 +72,7 @@ def test_students_quantile(freedom, known):
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 3), (6, 0), (1, 8), (7, 4)])
 def test_the_sign_test_counts_outcomes(better, worse):
     count = better + worse
-    as_uneven = [
-        min(sum(signs), count - sum(signs)) <= min(better, worse) for signs in product((0, 1), repeat=count)
-    ]
+    as_uneven = [min(sum(signs), count - sum(signs)) <= min(better, worse) for signs in product((0, 1), repeat=count)]
     assert sign_test(better, worse) == pytest.approx(min(1.0, sum(as_uneven) / len(as_uneven)))
 
 

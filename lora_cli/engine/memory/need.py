@@ -1,0 +1,105 @@
+"""What a run needs of a card: rehearsed once, asked often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_cli.config import Config
+from lora_cli.engine.computation import Computation
+from lora_cli.engine.memory.allocator import OutOfCard
+from lora_cli.engine.memory.context import context_bytes
+from lora_cli.engine.memory.rehearsal import MicroBatches, rehearse, worst_micro_batches
+from lora_cli.engine.memory.replay import Replay, replay
+from lora_cli.engine.memory.trace import Trace
+from lora_cli.engine.selftest import Proof
+from lora_cli.engine.target import Target
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MARGIN = 0.03
+"""Of what is reserved: kept free on top of the estimate. Reserved memory has been at most that much too low on most
+published runs."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory of a run whose every `auto` is resolved."""
+
+    config: Config
+    target: Target
+    shape: MicroBatches
+    replayed: Replay
+    trace: Trace = field(repr=False)
+
+    @property
+    def context_bytes(self) -> int:
+        return context_bytes(self.target)
+
+    @property
+    def process_bytes(self) -> int:
+        """What nvidia-smi shows."""
+        return self.replayed.peak_reserved_bytes + self.context_bytes
+
+    @property
+    def base_bytes(self) -> int:
+        """The weights alone, as they lie on the card."""
+        kinds = ("quantized weights", "quantization state", "other weights")
+        return sum(self.replayed.components.get(kind, 0) for kind in kinds)
+
+    def fits(self, card_bytes: int) -> bool:
+        """Whether a card of this size runs it with the margin to spare, its allocator giving back cached blocks."""
+        room = card_bytes - self.context_bytes
+        if self.replayed.peak_reserved_bytes * (1 + MARGIN) <= room:
+            return True
+        if self.replayed.peak_allocated_bytes * (1 + MARGIN) > room:
+            return False
+        try:
+            replay(self.trace, capacity_bytes=int(room / (1 + MARGIN)))
+        except OutOfCard:
+            return False
+        return True
+
+
+class Rehearsals:
+    """Needs of variants of one config, each rehearsed once."""
+
+    def __init__(self, architecture: PretrainedConfig, proof: Proof) -> None:
+        self._architecture = architecture
+        self._proof = proof
+        self._known: dict[str, Need] = {}
+
+    def need(self, config: Config, target: Target) -> Need:
+        """The need of `config`; `micro_batch_tokens` and `gradient_checkpointing` must be resolved."""
+        key = f"{config.model_dump_json()} {target}"
+        if key not in self._known:
+            computation = self.computation(config, target)
+            tokens = config.train.micro_batch_tokens
+            assert isinstance(tokens, int), "resolved by the caller"
+            shape = worst_micro_batches(config, tokens, computation)
+            trace = rehearse(config, self._architecture, computation, target, shape)
+            self._known[key] = Need(config, target, shape, replay(trace), trace)
+        return self._known[key]
+
+    def computation(self, config: Config, target: Target) -> Computation:
+        """How the run's forward pass will go on the target."""
+        wanted = config.train.loss
+        return Computation(
+            packing=self._proof.packing,
+            loss="full" if wanted == "full" else self._proof.loss,
+            dtype=target_dtype(config, target),
+            attention=self._proof.attention,
+        )
+
+
+def target_dtype(config: Config, target: Target) -> torch.dtype:
+    """What `model.dtype: auto` means on the target."""
+    if config.model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        return dtype
+    if target.kind == "cuda":
+        return torch.bfloat16 if target.native_bfloat16 else torch.float16
+    return torch.float32

@@ -1,0 +1,100 @@
+"""What an estimate says, as frozen values. Imports nothing heavy: screens show them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["yes", "too close", "no"]
+
+
+@dataclass(frozen=True)
+class CardVerdict:
+    """Whether one card runs it."""
+
+    name: str
+    memory_bytes: int
+    process_bytes: int
+    """What the run takes there."""
+    verdict: Verdict
+    micro_batch_tokens: int
+    """The largest of those tried that fits; where none does, the smallest that was tried."""
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict == "yes"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the config, rehearsed: what it saves and whether the run fits with it."""
+
+    settings: tuple[str, ...]
+    """`--set` arguments, `train.micro_batch_tokens=4096`; a change includes those before it."""
+    process_bytes: int
+    saves_bytes: int
+    costs: str
+    """What the user gives for it: `same result`, `about a third more time`."""
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Another way to fine-tune the same model."""
+
+    name: str
+    process_bytes: int
+    trainable: int
+    smallest_card: str | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a run at its peak."""
+
+    peak_allocated_bytes: int
+    """As `torch.cuda.max_memory_allocated` will say."""
+    peak_reserved_bytes: int
+    """As `torch.cuda.max_memory_reserved` will say."""
+    process_bytes: int
+    """With CUDA's context: what nvidia-smi shows."""
+    error_bytes: int
+    """How far off the estimate may be; a card with less to spare is too close."""
+    components: dict[str, int]
+    """Name to bytes at the peak; their sum is `process_bytes`."""
+    moment: str
+    """When the peak comes: `backward, model.layers.31`."""
+    phases: dict[str, int]
+    """Peak of allocated memory while loading, forward, backward and update."""
+    micro_batch_tokens: int
+    document_lengths: tuple[int, ...]
+    gradient_checkpointing: bool
+    card: str | None
+    card_bytes: int | None
+    verdict: Verdict | None
+    """For the card that was asked about; None when none was."""
+    base_bytes: int
+    """The base's weights alone."""
+    cards: tuple[CardVerdict, ...]
+    changes: tuple[Change, ...]
+    largest_micro_batch_tokens: int | None
+    """For the card that was asked about, with `fit`."""
+    compared: tuple[Compared, ...]
+    assumptions: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.verdict is None else self.verdict == "yes"
+
+    @property
+    def spare_bytes(self) -> int | None:
+        return None if self.card_bytes is None else self.card_bytes - self.process_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "fits": self.fits,
+            "spare_bytes": self.spare_bytes,
+            "cards": {card.name: card.fits for card in self.cards},
+            "card_verdicts": [asdict(card) for card in self.cards],
+        }

@@ -1,0 +1,278 @@
+"""From a config to an estimate: resolve what is `auto`, rehearse, and judge cards."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_cli.config import Config
+from lora_cli.errors import ModelError, UserError
+from lora_cli.estimate.answer import CardVerdict, Estimate, Verdict
+from lora_cli.estimate.cards import CARDS, GIB, Card, find_card
+from lora_cli.report.events import Emit, Working, ignore
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lora_cli.engine.memory.need import Need, Rehearsals
+    from lora_cli.engine.target import Target
+
+USUAL_TOKENS = 4_096
+"""Of a micro-batch, where neither config nor card says more."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: a config, and a card or none."""
+
+    config: Config
+    rehearsals: Rehearsals
+    card: Card | None
+
+
+def estimate_vram(
+    config: Config,
+    *,
+    gpu: str | None = None,
+    vram_gib: float | None = None,
+    fit: bool = False,
+    compare: bool = False,
+    emit: Emit = ignore,
+) -> Estimate:
+    """Peak memory of the run that `config` describes, from its model's config.json alone.
+
+    Args:
+        gpu: a card to judge and to resolve every `auto` for, such as `rtx-4090`.
+        vram_gib: the same by its memory.
+        fit: look for the largest micro-batch on that card, and for changes that would make it fit.
+        compare: LoRA, QLoRA and full fine-tuning side by side.
+
+    Raises:
+        UserError: an unknown card, a model that can't be read or that can't be traced.
+    """
+    card = asked_card(gpu, vram_gib)
+    if fit and card is None:
+        raise UserError("--fit needs a card to fit", remedy="Add --gpu rtx-4090, or --vram 24.")
+    emit(Working("reading the model's config"))
+    from lora_cli.engine.memory.need import Rehearsals
+    from lora_cli.engine.selftest import prove
+    from lora_cli.estimate.comparison import compare_methods
+    from lora_cli.estimate.fitting import changes_that_fit
+
+    config, architecture = _ready(config)
+    emit(Working("proving packing and loss"))
+    proof = prove(
+        architecture,
+        config.adapter,
+        attn_implementation=config.model.attn_implementation,
+        wanted_loss=config.train.loss,
+    )
+    question = Question(config, Rehearsals(architecture, proof), card)
+    emit(Working("rehearsing two steps"))
+    need, largest = _need(question)
+    verdict = None if card is None else judge(need, card)
+    searching = card is not None and (fit or verdict != "yes")
+    if searching:
+        emit(Working("looking for what would fit"))
+    assert card is not None or not searching
+    return describe(
+        need,
+        card,
+        verdict,
+        cards=card_verdicts(question, need, emit),
+        changes=changes_that_fit(question, need) if searching and verdict != "yes" else (),
+        largest=_largest(question, need, largest) if fit and verdict == "yes" else largest,
+        compared=compare_methods(question, need, emit) if compare else (),
+        notes=proof.notes,
+    )
+
+
+def asked_card(gpu: str | None, vram_gib: float | None) -> Card | None:
+    if gpu is not None and vram_gib is not None:
+        raise UserError("--gpu and --vram both given", remedy="One of them says which card.")
+    if gpu is not None:
+        return find_card(gpu)
+    if vram_gib is not None:
+        if vram_gib <= 0:
+            raise UserError(f"--vram {vram_gib:g} is not an amount of memory")
+        return Card(f"a card of {vram_gib:g} GiB", vram_gib, (8, 0))
+    return None
+
+
+def target_of(card: Card | None) -> Target:
+    from lora_cli.engine.target import Target
+
+    return Target("cuda", (8, 0) if card is None else card.capability)
+
+
+def judge(need: Need, card: Card) -> Verdict:
+    """Fits with the margin, without it, or not at all."""
+    if need.fits(card.memory_bytes):
+        return "yes"
+    return "too close" if need.process_bytes <= card.memory_bytes else "no"
+
+
+def with_train(config: Config, **settings: object) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
+def usual(config: Config) -> Config:
+    """`auto` where no card is known: 4,096 tokens with checkpointing."""
+    tokens, checkpointing = config.train.micro_batch_tokens, config.train.gradient_checkpointing
+    return with_train(
+        config,
+        micro_batch_tokens=USUAL_TOKENS if tokens == "auto" else tokens,
+        gradient_checkpointing=True if checkpointing == "auto" else checkpointing,
+    )
+
+
+def least(config: Config) -> Config:
+    """`auto` where memory is short: one longest example at a time, with checkpointing."""
+    tokens = config.train.micro_batch_tokens
+    return usual(with_train(config, micro_batch_tokens=config.data.max_length if tokens == "auto" else tokens))
+
+
+def card_verdicts(question: Question, need: Need, emit: Emit = ignore) -> tuple[CardVerdict, ...]:
+    """Each card of the catalogue: with the estimate's micro-batch, or where `auto` leaves it open with the smallest."""
+    from lora_cli.engine.target import Target
+
+    verdicts = []
+    for card in CARDS:
+        # Ampere and what came after run the same kernels; older cards run others, in float16.
+        capability = card.capability if card.capability < (8, 0) or card.capability[0] in (9, 10) else (8, 0)
+        if capability == (7, 0):
+            capability = (7, 5)
+        asked = question.card is not None and question.card.capability == card.capability
+        target = need.target if asked else Target("cuda", capability)
+        tried = [usual(question.config), least(question.config)]
+        found, verdict = None, "no"
+        for config in tried:
+            found = question.rehearsals.need(config, target)
+            verdict = judge(found, card)
+            if verdict == "yes":
+                break
+        assert found is not None
+        verdicts.append(
+            CardVerdict(
+                card.name,
+                card.memory_bytes,
+                found.process_bytes,
+                verdict,  # type: ignore[arg-type]
+                found.shape.num_tokens,
+            )
+        )
+    return tuple(verdicts)
+
+
+def describe(
+    need: Need,
+    card: Card | None,
+    verdict: Verdict | None,
+    *,
+    cards: tuple[CardVerdict, ...],
+    changes: tuple[object, ...],
+    largest: int | None,
+    compared: tuple[object, ...],
+    notes: tuple[str, ...],
+) -> Estimate:
+    """The estimate of a need."""
+    from lora_cli.engine.memory.need import MARGIN
+
+    replayed = need.replayed
+    parts = dict(replayed.components)
+    rounding = parts.pop("rounding", 0)
+    parts["fragmentation"] = replayed.peak_reserved_bytes - replayed.peak_allocated_bytes + rounding
+    parts["context"] = need.context_bytes
+    moment = replayed.moment
+    return Estimate(
+        peak_allocated_bytes=replayed.peak_allocated_bytes,
+        peak_reserved_bytes=replayed.peak_reserved_bytes,
+        process_bytes=need.process_bytes,
+        error_bytes=int(MARGIN * replayed.peak_reserved_bytes),
+        components={name: size for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size > 0},
+        moment=", ".join(part for part in (moment.phase, _layer(moment.place)) if part),
+        phases=replayed.phases,
+        micro_batch_tokens=need.shape.num_tokens,
+        document_lengths=need.shape.document_lengths,
+        gradient_checkpointing=bool(need.config.train.gradient_checkpointing),
+        card=None if card is None else card.name,
+        card_bytes=None if card is None else card.memory_bytes,
+        verdict=verdict,
+        base_bytes=need.base_bytes,
+        cards=cards,
+        changes=changes,  # type: ignore[arg-type]
+        largest_micro_batch_tokens=largest,
+        compared=compared,  # type: ignore[arg-type]
+        assumptions=(*_assumptions(need, card), *notes),
+    )
+
+
+def _need(question: Question) -> tuple[Need, int | None]:
+    """The need that the figures are for, and the largest micro-batch where choosing found it."""
+    from lora_cli.engine.memory.choice import choose
+
+    target = target_of(question.card)
+    train = question.config.train
+    open_ = "auto" in (train.micro_batch_tokens, train.gradient_checkpointing)
+    if question.card is None or not open_:
+        return question.rehearsals.need(usual(question.config), target), None
+    chosen = choose(question.rehearsals, question.config, target, question.card.memory_bytes)
+    if chosen is None:
+        return question.rehearsals.need(least(question.config), target), None
+    return chosen, chosen.shape.num_tokens if train.micro_batch_tokens == "auto" else None
+
+
+def _largest(question: Question, need: Need, known: int | None) -> int | None:
+    from lora_cli.engine.memory.choice import largest_micro_batch
+
+    if known is not None or question.card is None:
+        return known
+    found = largest_micro_batch(question.rehearsals, need.config, need.target, question.card.memory_bytes)
+    return None if found is None else found.shape.num_tokens
+
+
+def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
+    """The model's config.json, and a config that needs no weights: an existing adapter's settings in place of its path."""
+    from lora_cli.engine.planning import settings_of
+    from lora_cli.model.architecture import read_architecture
+    from lora_cli.model.weights import check_prequantized
+
+    architecture = read_architecture(config.model)
+    came_quantized = vars(architecture).get("quantization_config")
+    if came_quantized is not None:
+        check_prequantized(came_quantized, config.model)
+        architecture = copy.deepcopy(architecture)
+        del architecture.quantization_config
+    adapter = config.adapter
+    if adapter is not None and adapter.path is not None:
+        config = config.model_copy(update={"adapter": settings_of(adapter.path, config)})
+    if config.model.quantization is not None and config.model.quantization.type == "int8":
+        raise ModelError(
+            "cannot trace int8: which values bitsandbytes treats as outliers depends on the data",
+            remedy="It takes about as much as nf4 and one byte per weight more; set model.quantization: {type: nf4}.",
+        )
+    return config, architecture
+
+
+def _assumptions(need: Need, card: Card | None) -> list[str]:
+    from lora_cli.engine.memory.context import context_measured
+
+    train, longest = need.config.train, max(need.shape.document_lengths)
+    checkpointing = "with" if train.gradient_checkpointing else "without"
+    lines = [
+        f"micro-batches of {need.shape.num_tokens:,} tokens {checkpointing} gradient checkpointing",
+        f"the worst case: full micro-batches of examples of {longest:,} tokens, every token supervised",
+        "one process alone on the card",
+    ]
+    if card is None:
+        lines.append("an Ampere card or newer, in bfloat16")
+    if not context_measured(need.target):
+        lines.append(f"{need.context_bytes / GIB:.1f} GiB for CUDA's context, not measured on this architecture")
+    if train.optim.startswith("paged_"):
+        lines.append("the paged optimizer's state is counted as if it stayed on the card")
+    return lines
+
+
+def _layer(place: str) -> str:
+    return place.removeprefix("base_model.model.")

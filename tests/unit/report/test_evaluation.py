@@ -1,0 +1,106 @@
+"""The screens of `eval` and `generate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from lora_cli.report.comparison import Comparison, Demand, Evaluation, Generations, Measure, Output, RowChange
+from lora_cli.report.evaluation import render_evaluation, render_outputs
+
+
+def measure(name, base, adapter, low, high):
+    return Measure(name, base, adapter, adapter - base, low, high)
+
+
+COMPARISON = Comparison(
+    adapter="runs/docs/adapter",
+    precision="nf4, double quant",
+    measures=(
+        measure("loss", 1.3981, 1.0346, -0.3871, -0.3402),
+        measure("perplexity", 4.0475, 2.8140, -1.3, -1.1),
+        measure("row_loss", 1.4, 1.1, -0.4, -0.2),
+        measure("token_accuracy", 0.6512, 0.7240, 0.0661, 0.0795),
+    ),
+    better=441,
+    worse=59,
+    sign_test_p=1e-60,
+    outcome="better",
+    verdict="better: loss -0.3635, 95 % interval -0.3871 to -0.3402, 441 of 500 rows improved",
+    gained=(RowChange("test.jsonl:17", 3.0, 1.0),),
+    lost=(RowChange("test.jsonl:212", 1.0, 2.41), RowChange("test.jsonl:87", 1.0, 1.96)),
+)
+EVALUATION = Evaluation(
+    target="runs/docs",
+    data="data/test.jsonl",
+    rows=500,
+    num_supervised_tokens=71_204,
+    answers=0,
+    comparison=COMPARISON,
+    others=(),
+    warnings=(),
+    demand=Demand(),
+    folder=Path("runs/docs/eval/test"),
+)
+
+
+def test_figures_stand_side_by_side():
+    text = render_evaluation(EVALUATION, 100)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["loss", "1.3981", "1.0346", "-0.3635", "-0.3871", "..", "-0.3402"] in rows
+    assert "500 rows, 71,204 scored tokens" in text
+    assert "test.jsonl:212 (+1.41), test.jsonl:87 (+0.96)" in text
+    assert "441 better, 59 worse; sign test p below 0.0001" in text
+
+
+def test_a_perplexity_is_compared_as_a_ratio():
+    [line] = [line for line in render_evaluation(EVALUATION, 100).splitlines() if "perplexity" in line]
+    assert line.split() == ["perplexity", "4.0475", "2.8140", "-30.5", "%", "-32.1", "..", "-28.8"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_nothing_is_wider_than_the_screen_or_cut(width):
+    several = replace(EVALUATION, others=(COMPARISON,), demand=Demand(min_improvement=0.05))
+    text = render_evaluation(several, width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    for figure in ("1.3981", "-0.3635", "-0.3871 .. -0.3402", "+0.0661 .. +0.0795"):
+        assert text.count(figure) >= 2
+
+
+def test_few_rows_get_no_interval():
+    text = render_evaluation(replace(EVALUATION, rows=4), 100)
+    assert "-0.3871 .." not in text
+    assert "too few rows" in text
+
+
+def test_what_was_asked_is_answered():
+    asked = replace(EVALUATION, demand=Demand(min_improvement=0.05))
+    assert "0.05 nats of improvement were asked, which is met" in render_evaluation(asked, 100)
+    more = replace(EVALUATION, demand=Demand(min_improvement=0.5))
+    assert "which is not met" in render_evaluation(more, 100)
+
+
+def test_numbers_that_json_lacks_become_null():
+    broken = replace(COMPARISON, measures=(Measure("loss", 1.0, math.nan, math.nan, math.nan, math.inf),))
+    found = json.loads(json.dumps(replace(EVALUATION, comparison=broken).as_json(), allow_nan=False))
+    assert found["adapter"]["loss"] is None
+    assert found["difference"]["intervals"]["loss"] == [None, None]
+    assert "nan" in render_evaluation(replace(EVALUATION, comparison=broken), 100)
+
+
+def test_answers_stand_under_their_prompt():
+    outputs = [Output("when?", None, "no idea", "length"), Output("when?", "runs/a/adapter", "12 May", "stop")]
+    text = render_outputs(Generations(tuple(outputs)), 80)
+    assert text.splitlines() == [
+        "  when?", "", "  base (cut at the limit)", "    no idea", "", "  runs/a/adapter", "    12 May",
+    ]  # fmt: skip
+
+
+def test_an_answer_cant_steer_the_terminal():
+    text = render_outputs(Generations((Output("a\x1b[2J", None, "b\x1b[2J", "stop"),)), 80)
+    assert "\x1b" not in text
