@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.examples import Examples
 from lora_cli.engine.computation import Computation
-from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
+from lora_cli.evaluate.models import CPU_TOKENS
 from lora_cli.evaluate.scoring import score_rows
 from lora_cli.plan import DataAccount
 
@@ -78,7 +78,7 @@ def our_losses(model: PreTrainedModel, rows: Sequence[Row]) -> NDArray[np.float6
         model,
         computation,
         as_examples(rows),
-        micro_batch_tokens=AUTO_MICRO_BATCH_TOKENS["cpu"],
+        micro_batch_tokens=CPU_TOKENS,
         device=CPU,
         progress=lambda done, total: None,
     ).loss

@@ -175,9 +175,8 @@ def race(steps: list[list[Row]], *ways: Callable[[list[Row]], float]) -> list[Ti
     return timings
 
 
-def peak_flops() -> float:
-    """The most that a float32 matrix product of 2048 x 2048 reaches, in FLOPs per second."""
-    size = 2048
+def peak_flops(size: int = 2048) -> float:
+    """The most that a float32 product of square matrices reaches, in FLOPs per second."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")
     for _ in range(8):
@@ -196,7 +195,7 @@ def report(architecture: LlamaConfig, steps: list[list[Row]], padded: Timing, lo
     head = model.lm_head.weight.numel()
     layers = sum(p.numel() for p in model.model.layers.parameters())
     flops = 4 * (layers * tokens + head * supervised)  # the least that must be multiplied; a look-up isn't
-    peak = peak_flops()
+    peak = peak_flops() if architecture.hidden_size > 32 else peak_flops(64)
     lengths = [len(row.input_ids) for row in timed]
     apart = max(abs(a - b) / a for a, b in zip(padded.losses, lora.losses, strict=True))
     slow, fast = sum(padded.seconds), sum(lora.seconds)

@@ -6,8 +6,8 @@ Everything is invented here from a fixed seed, so the shipped files can be made 
 occurs twice, so none of the held-out ones was trained on. Every spelling has one reading only: dots put the
 day first, slashes the year, and everywhere else the month is a word.
 
-Also has `small_talk`, what the tiny base model is pre-trained on. It learns to say again what it is told, and
-the numbers of the months; it never sees a date beside its ISO form. Knows nothing about tokens or models.
+Also has `small_talk`, what the tiny base model is pre-trained on: it learns to say again what it is told, and
+never sees a date beside its ISO form. Knows nothing about tokens or models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ SPELLINGS: tuple[Callable[[date], str], ...] = (
     lambda day: f"{month(day)} {ordinal(day.day)}, {day.year}",
     lambda day: f"{day.day} {month(day)[:3]} {day.year}",
     lambda day: f"{month(day)[:3]} {day.day}, {day.year}",
-    lambda day: f"{day.day}-{month(day)[:3]}-{day.year}",
     lambda day: f"{day.year} {month(day)} {day.day}",
     lambda day: f"{day.day}.{day.month}.{day.year}",
     lambda day: f"{day.year}/{day.month}/{day.day}",
@@ -98,10 +97,8 @@ def dated_sentences(random: Random) -> Iterator[Messages]:
 
 
 def small_talk(random: Random) -> Messages:
-    """One conversation to pre-train on: a question about the months, or something to say again."""
+    """One conversation to pre-train on: whatever the user says, the assistant says again."""
     day = random_date(random)
-    if random.random() < 0.2:
-        return turn(f"Which month is {random.choice((month(day), month(day)[:3]))}?", f"{day.month:02d}")
     numbers = [str(random.randrange(10 ** random.randint(1, 4))) for _ in range(random.randint(1, 4))]
     said = random.choice(
         (

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-PRETRAIN_STEPS = 300
+PRETRAIN_STEPS = 350
 ROWS_PER_STEP = 32
 IGNORED = -100
 
@@ -71,9 +71,7 @@ def build_tiny_gpt2(
     )
     if pretrain_steps:
         pretrain(model, tokenizer, pretrain_steps, Random(seed))
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

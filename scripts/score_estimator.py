@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from lora_cli.config import QuantizationConfig
 from lora_cli.engine.memory.loading import label_weights, load_on_meta
 from lora_cli.engine.memory.pretend import pretend
 from lora_cli.engine.memory.replay import Replay, replay
-from lora_cli.engine.memory.scratch import Scratch, workspace_bytes
+from lora_cli.engine.memory.scratch import workspace_bytes
 from lora_cli.engine.memory.trace import Trace
 from lora_cli.engine.memory.tracer import Tracer
 from lora_cli.engine.target import Target
@@ -72,11 +72,11 @@ def stock_trace(row: dict[str, Any], models: Path) -> Trace:
     config = AutoConfig.from_pretrained(models / row["model"].split("/")[-1])
     target, dtype = target_of(row["gpu"], row["attn"]), DTYPES[row["compute_dtype"]]
     quantization = QuantizationConfig(**row["quant"]) if row.get("quant") else None
-    tracer = Tracer("meta", Scratch(target), config.get_text_config().vocab_size, truth=True)
+    tracer = Tracer("meta", target, config.get_text_config().vocab_size, truth=True)
     with tracer, pretend(target):
         tracer.trace.mark("load")
         attention = "eager" if row["attn"] == "eager" else "sdpa"
-        model: nn.Module = load_on_meta(
+        base = load_on_meta(
             config,
             tracer,
             dtype=dtype,
@@ -84,7 +84,7 @@ def stock_trace(row: dict[str, Any], models: Path) -> Trace:
             quantization=quantization,
             warm_up=quantization is not None,  # a quantized base needs a device_map; any other goes by `.to("cuda")`
         )
-        model = prepared(model, row, quantization is not None)
+        model = prepared(base, row, quantization is not None)
         label_weights(model, tracer)
         parameters = [p for p in model.parameters() if p.requires_grad]
         tracer.watch_layers(model)
@@ -95,7 +95,7 @@ def stock_trace(row: dict[str, Any], models: Path) -> Trace:
     return tracer.trace
 
 
-def prepared(model: nn.Module, row: dict[str, Any], quantized: bool) -> nn.Module:
+def prepared(model: PreTrainedModel, row: dict[str, Any], quantized: bool) -> nn.Module:
     """What the recipe does between loading and training."""
     from peft import LoraConfig, get_peft_model
 
@@ -107,7 +107,9 @@ def prepared(model: nn.Module, row: dict[str, Any], quantized: bool) -> nn.Modul
     if row["grad_ckpt"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if row["method"] == "full":
-        return model.requires_grad_(True).train()
+        model.requires_grad_(True)
+        model.train()
+        return model
     with torch.device("meta"):
         adapted: nn.Module = get_peft_model(
             model,
@@ -125,7 +127,7 @@ def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optim
     if name == "sgd":
         return torch.optim.SGD(parameters, foreach=True)
     if name in ("adamw_8bit", "adamw_bnb_8bit", "adamw8bit"):
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         optimizer: torch.optim.Optimizer = AdamW8bit(parameters)
         return optimizer
@@ -136,13 +138,13 @@ def two_steps(
     model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, tracer: Tracer, workspace: int
 ) -> None:
     tracer.phase = "forward"
-    tracer.keep(workspace, "workspace")  # cuBLAS of this thread; the autograd thread's comes with the first backward
+    tracer.keep_workspace(workspace)  # cuBLAS of this thread; the autograd thread's comes with the first backward
     for step in (1, 2):
         tracer.trace.mark(f"step {step}")
         tracer.trace.mark("forward")
         output = model(input_ids=ids, labels=ids)
         if step == 1:
-            tracer.keep(workspace, "workspace")
+            tracer.keep_workspace(workspace)
         output.loss.backward()
         with tracer.during("update"):
             optimizer.step()
@@ -155,8 +157,8 @@ def target_of(gpu: str, attention: str) -> Target:
     found = re.search(r"sm_(\d+)(\d)", gpu)
     if found is None:
         raise ValueError(f"{gpu!r} names no architecture, such as sm_80")
-    kernel = "efficient" if attention == "sdpa_efficient" else "auto"
-    return Target("cuda", (int(found[1]), int(found[2])), kernel)
+    capability = (int(found[1]), int(found[2]))
+    return Target("cuda", capability, "efficient" if attention == "sdpa_efficient" else "auto")
 
 
 def score(row: dict[str, Any], found: Replay, seconds: float) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def estimate(
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="A card, as rtx-4090.")] = None,
     vram: Annotated[float | None, typer.Option(min=0, metavar="GIB", help="Memory of the card.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Look for the cheapest change that fits.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA.")] = False,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,9 +132,9 @@ def estimate(
     settings = load(config, set_)
     from lora_cli.estimate import estimate_vram
     from lora_cli.report.console import show
-    from lora_cli.report.screens import render_estimate
+    from lora_cli.report.estimate import render_estimate
 
-    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit)
+    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare)
     if as_json:
         print_json(result.as_json())
     else:

@@ -149,7 +149,7 @@ def merge(
     """
     from lora_cli.merge import merge
     from lora_cli.report.console import Console, show
-    from lora_cli.report.screens import render_merge
+    from lora_cli.report.merging import render_merge
 
     with Console(quiet_stdout=True) as console:
         result = merge(
@@ -165,4 +165,4 @@ def merge(
         print_json(result.as_json())
     else:
         show(render_merge(result))
-    answer(result.verified is not False, "the merged model differs from base + adapter")
+    answer(result.problem is None, f"the merge is not fit for use: {result.problem}")

@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from datetime import date
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -90,13 +89,11 @@ def key_of(parts: dict[str, Any]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the tokenizer and its chat template; of the day too, where the template writes it."""
-    template = tokenizer.chat_template
+    """A hash of the tokenizer and its chat template."""
     parts = {
         "tokenizer": hashlib.blake2b(_backend_json(tokenizer).encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "template": template,
-        "day": str(date.today()) if "strftime_now" in str(template) else None,
+        "template": tokenizer.chat_template,
     }
     return key_of(parts)
 

@@ -42,18 +42,21 @@ class Controls:
         found = self._one.search(text)
         return found.group() if found else None
 
-    def closing(self, text: str, position: int) -> tuple[int, str | None]:
+    def closing(self, text: str, position: int, limit: int) -> tuple[int, str | None]:
         """Where the turn whose words end at `position` is closed, and by which token.
 
-        Of the control tokens that follow at once (white space between them aside) up to the first stop token;
-        only the first of them where none is one; `position` itself where there are none.
+        Up to the first stop token behind the words and before `limit`, whatever the template writes in front of
+        it: the model has to write that too. Where there is none, the first of the control tokens that follow at once (white space
+        aside); `position` itself where there are none.
         """
-        run = self._leading.match(text, position)
+        for token in self._one.finditer(text, position, limit):
+            if token.group() in self._stops:
+                return token.end(), token.group()
+        run = self._leading.match(text, position, limit)
         if run is None:
             return position, None
-        tokens = list(self._one.finditer(text, position, run.end()))
-        chosen = next((token for token in tokens if token.group() in self._stops), tokens[0])
-        return chosen.end(), chosen.group()
+        first = next(self._one.finditer(text, position, run.end()))
+        return first.end(), first.group()
 
     def stop_at(self, text: str, position: int) -> tuple[int, int] | None:
         """The end and the id of the stop token that stands at `position`, white space aside."""

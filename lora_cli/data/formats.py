@@ -191,6 +191,8 @@ class RowReader:
                 remedy=f"Known are {', '.join(ROLES)}.",
             )
         message["content"] = _content(place, f"{field}.{content_name}", message)
+        if isinstance(message.get("tool_calls"), list):
+            message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
         return message
 
     def _tools(self, place: str, row: Row) -> tuple[dict[str, Any], ...]:
@@ -257,6 +259,19 @@ def _content(place: str, field: str, message: Message) -> str | None:
     if isinstance(content, list) and all(_is_text_part(part) for part in content):
         return "".join(part["text"] for part in content)
     raise DataError(f"{place}: {field} is {_shown(content)}", remedy="It must be a string.")
+
+
+def _with_parsed_arguments(call: object) -> object:
+    """A tool call whose arguments are an object; OpenAI's API gives them as JSON, which templates would quote."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_parsed_arguments(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _is_text_part(part: object) -> bool:

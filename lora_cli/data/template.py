@@ -17,23 +17,24 @@ Knows characters; knows nothing about tokens beyond the spelling of control toke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_cli.data.controls import Controls
 from lora_cli.data.formats import Message
+from lora_cli.data.jinja import DAY, JinjaTemplate, Tools
 from lora_cli.data.marked import Span
 from lora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tools = Sequence[dict[str, Any]]
-
 PLAIN_KEYS = {"role", "content"}
 _THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _STAND_IN = "zqStandInWordqz"
+_ANSWER = "zqStandInAnswerqz"
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,16 @@ class ChatTemplate:
     """A tokenizer's chat template, and how it lays out turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Controls) -> None:
-        self._tokenizer = tokenizer
+        self._jinja = JinjaTemplate(tokenizer)
         self._controls = controls
         eos = tokenizer.eos_token
         self._eos: int | None = controls.ids.get(eos) if eos and controls.is_stop(eos) else None
         self.notes: dict[str, str] = {}
         """Things about the template that the user should know, by kind."""
+        if self._jinja.tells_time:
+            self.notes["date"] = (
+                f"the chat template writes today's date; so that the run can be repeated, it is {DAY:%d %b %Y} in all rows"
+            )
 
     def render(self, messages: Sequence[Message], tools: Tools, *, generation: bool = False) -> str:
         """The template's text.
@@ -83,24 +88,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation.
         """
-        import jinja2
-
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) or None,
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                )
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the chat template is broken: line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"the chat template refuses the conversation: {error}",
-                remedy="Change the row, or give a template that takes it as data.chat_template.",
-            ) from error
+        return self._jinja.render(messages, tools, generation=generation)
 
     def renderings(self, messages: Sequence[Message], trained: frozenset[int], tools: Tools) -> list[Rendering]:
         """The examples of a conversation: one, or one per trained turn where earlier turns are rewritten.
@@ -133,13 +121,16 @@ class ChatTemplate:
         if not message.keys() - PLAIN_KEYS:
             words = self._around_stand_in(text, messages, tools)
         if words is None:
-            words = self._after_prompt(text, prompt, messages)
+            words = self._after_prompt(text, prompt, messages, tools)
         start, stop = words
-        end, closed_by = self._controls.closing(text, stop)
+        limit = self._next_turn(text, start, prompt, messages, tools)
+        if limit < stop:
+            raise _hidden_words(f"messages[{len(messages) - 1}]", "another turn follows them")
+        end, closed_by = self._controls.closing(text, stop, limit)
         append = None
-        if closed_by is None and not text[stop:].strip():
-            append = self._stop_to_append(messages, tools, text, stop)
-        if closed_by is not None and not self._controls.is_stop(closed_by):
+        if not (closed_by is not None and self._controls.is_stop(closed_by)) and not text[end:].strip():
+            append = self._stop_to_append(messages, tools, text, end, closed_by)
+        if append is None and closed_by is not None and not self._controls.is_stop(closed_by):
             self.notes["stop"] = (
                 f"the chat template ends turns with {closed_by}, which is none of the model's stop tokens: "
                 "generation may not end by itself"
@@ -156,6 +147,34 @@ class ChatTemplate:
         except DataError:
             return None
 
+    def _next_turn(self, text: str, start: int, prompt: str | None, messages: Sequence[Message], tools: Tools) -> int:
+        """Where another role's turn begins behind `start`, which some templates add; the text's end where none does.
+
+        Turns begin with the control token that the generation prompt begins with; where the whole of that prompt
+        stands, it is the assistant who goes on.
+        """
+        try:
+            before = self.render(messages[:-1], tools)
+        except DataError:
+            return len(text)
+        asks = (prompt or "").removeprefix(before).strip()
+        opener = self._controls.first_in(asks)
+        if prompt is None or not prompt.startswith(before) or opener is None or not asks.startswith(opener):
+            return len(text)
+        at = text.find(opener, start)
+        while at >= 0 and text.startswith(asks, at):
+            at = text.find(opener, at + 1)
+        return at if at >= 0 else len(text)
+
+    def _header(self, messages: Sequence[Message], tools: Tools) -> str | None:
+        """What the template writes in front of the last message when that is a plain answer."""
+        try:
+            plain = self.render([*messages[:-1], {"role": "assistant", "content": _STAND_IN}], tools)
+        except DataError:
+            return None
+        before, found, _ = plain.partition(_STAND_IN)
+        return before if found else None
+
     def _behind_prompt(self, turn: Turn, prompt: str, messages: Sequence[Message], tools: Tools) -> Turn:
         """The turn behind the prompt that generation starts from, where the template put another there.
 
@@ -169,7 +188,7 @@ class ChatTemplate:
         answer = len(turn.text) - len(behind) + len(question_end)
         if not (turn.text.endswith(behind) and behind.startswith(question_end) and answer <= turn.start):
             self.notes["prompt"] = (
-                f"generation starts from a prompt that ends in {prompt[-24:]!r}, which is not what the "
+                f"generation starts from a prompt that ends in {_shown_end(prompt)!r}, which is not what the "
                 "chat template writes in front of answers"
             )
             return turn
@@ -189,9 +208,11 @@ class ChatTemplate:
             return None
         return len(before), stop
 
-    def _after_prompt(self, text: str, prompt: str | None, messages: Sequence[Message]) -> Span:
+    def _after_prompt(self, text: str, prompt: str | None, messages: Sequence[Message], tools: Tools) -> Span:
         """The words of a turn with more than plain content: all that follows the generation prompt."""
         field = f"messages[{len(messages) - 1}]"
+        if prompt is None or not text.startswith(prompt):
+            prompt = self._header(messages, tools)
         if prompt is None or not text.startswith(prompt):
             raise _hidden_words(field, "the rendered turn doesn't begin with the generation prompt")
         start, stop = len(prompt), self._controls.words_end(text, len(prompt))
@@ -218,21 +239,31 @@ class ChatTemplate:
         if len(text) == len(turn.text) or turn.append is None:
             return turn.trained
         # The template leaves the end of a turn to the header of the next one (GLM's <|user|>).
-        stop = self._controls.stop_at(text, turn.stop)
-        return turn.start, turn.stop if stop is None else stop[0]
+        stop = self._controls.stop_at(text, turn.end)
+        return turn.start, turn.end if stop is None else stop[0]
 
-    def _stop_to_append(self, messages: Sequence[Message], tools: Tools, text: str, stop: int) -> int | None:
-        """What the model is to end this turn with: the stop token that a next turn begins with, or EOS."""
-        following = "tool" if messages[-1].get("tool_calls") else "user"
+    def _stop_to_append(
+        self, messages: Sequence[Message], tools: Tools, text: str, end: int, closed_by: str | None
+    ) -> int | None:
+        """What the model is to end this turn with: the stop token that a next turn begins with, or EOS.
+
+        No EOS where the template closes the turn with another control token: that is how it ends.
+        """
+        otherwise = self._eos if closed_by is None else None
+        following: Message = {"role": "user", "content": _STAND_IN}
+        for call in messages[-1].get("tool_calls") or []:
+            following = {"role": "tool", "content": _STAND_IN, "tool_call_id": call.get("id")}
         try:
-            longer = self.render([*messages, {"role": following, "content": _STAND_IN}], tools)
+            longer = self.render([*messages, following], tools)
+            if longer.startswith(text[:end]):
+                behind = longer[end:]
+            else:  # the turn is written otherwise once another follows: without its thinking
+                answer: Message = {"role": "assistant", "content": _ANSWER}
+                behind = self.render([*messages[:-1], answer, following], tools).partition(_ANSWER)[2]
         except DataError:
-            return self._eos
-        if longer.startswith(text[:stop]):
-            found = self._controls.stop_at(longer, stop)
-            if found is not None:
-                return found[1]
-        return self._eos
+            return otherwise
+        found = self._controls.stop_at(behind, 0)
+        return otherwise if found is None else found[1]
 
 
 def _hidden_words(field: str, why: str) -> DataError:
@@ -258,3 +289,8 @@ def _parts(message: Message) -> list[tuple[str, str]]:
 def _squeezed(text: str) -> str:
     """Without white space, which templates trim and add."""
     return "".join(text.split())
+
+
+def _shown_end(prompt: str) -> str:
+    """The end of a prompt as it is shown, without the stand-in words of whoever asked for it."""
+    return re.split(r"zq\w+qz", prompt)[-1][-40:]

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
+_UNPAGED = {"paged_adamw": "adamw_torch", "paged_adamw_32bit": "adamw_torch"}
+"""Paged optimizers whose plain relative isn't the rest of their name."""
+
+
 def make_optimizer(train: TrainConfig, parameters: Mapping[str, nn.Parameter], device: torch.device) -> Optimizer:
     """The optimizer that `train.optim` names, over float32 parameters.
 
@@ -64,9 +68,7 @@ def _bitsandbytes_optimizer(
     if name.startswith("paged_") and device.type != "cuda":
         raise UserError(
             f"train.optim: {name} pages memory between GPU and host; there is no GPU here",
-            remedy=f"Set train.optim: {name.removeprefix('paged_')}"
-            if name != "paged_adamw"
-            else "Set train.optim: adamw_torch",
+            remedy=f"Set train.optim: {_UNPAGED.get(name, name.removeprefix('paged_'))}",
         )
     bits = 8 if name.endswith("8bit") else 32
     paged = name.startswith("paged_")

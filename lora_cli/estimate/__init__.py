@@ -5,7 +5,7 @@ Asks the engine's rehearsal; knows cards and verdicts. Needs no GPU, no weights 
 
 from __future__ import annotations
 
-from lora_cli.estimate.answer import CardVerdict, Change, Compared, Estimate
 from lora_cli.estimate.estimation import estimate_vram
+from lora_cli.report.estimated import CardVerdict, Change, Compared, Estimate
 
 __all__ = ["CardVerdict", "Change", "Compared", "Estimate", "estimate_vram"]

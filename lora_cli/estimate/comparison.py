@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.config import Config
 from lora_cli.config.schema import AdapterConfig, QuantizationConfig
-from lora_cli.estimate.answer import Compared
+from lora_cli.report.estimated import Compared
 from lora_cli.report.events import Emit, Working
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ def compare_methods(question: Question, need: Need, emit: Emit) -> tuple[Compare
     for name, config in _methods(need.config).items():
         emit(Working(f"rehearsing {name}"))
         other = question.rehearsals.need(config, need.target)
-        trainable = other.replayed.components.get("trainable weights", 0) // 4
+        parts = other.replayed.components
+        trainable = (parts.get("adapters", 0) + parts.get("trained weights", 0)) // 4  # float32
         smallest = next((card.name for card in CARDS if other.fits(card.memory_bytes)), None)
         found.append(Compared(name, other.process_bytes, trainable, smallest))
     return tuple(found)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lora_cli.config import Config
 from lora_cli.errors import ModelError, UserError
-from lora_cli.estimate.answer import CardVerdict, Estimate, Verdict
 from lora_cli.estimate.cards import CARDS, GIB, Card, find_card
+from lora_cli.report.estimated import CardVerdict, Change, Compared, Estimate, Verdict
 from lora_cli.report.events import Emit, Working, ignore
 
 if TYPE_CHECKING:
@@ -135,34 +135,32 @@ def least(config: Config) -> Config:
 
 def card_verdicts(question: Question, need: Need, emit: Emit = ignore) -> tuple[CardVerdict, ...]:
     """Each card of the catalogue: with the estimate's micro-batch, or where `auto` leaves it open with the smallest."""
-    from lora_cli.engine.target import Target
-
     verdicts = []
     for card in CARDS:
-        # Ampere and what came after run the same kernels; older cards run others, in float16.
-        capability = card.capability if card.capability < (8, 0) or card.capability[0] in (9, 10) else (8, 0)
-        if capability == (7, 0):
-            capability = (7, 5)
+        # A card older than Ampere is judged by Ampere's trace unless it was asked about; it comes close.
         asked = question.card is not None and question.card.capability == card.capability
-        target = need.target if asked else Target("cuda", capability)
-        tried = [usual(question.config), least(question.config)]
-        found, verdict = None, "no"
-        for config in tried:
-            found = question.rehearsals.need(config, target)
+        target = need.target if asked else _like_ampere(card)
+        found = question.rehearsals.need(usual(question.config), target)
+        verdict = judge(found, card)
+        if verdict != "yes":
+            found = question.rehearsals.need(least(question.config), target)
             verdict = judge(found, card)
-            if verdict == "yes":
-                break
-        assert found is not None
         verdicts.append(
             CardVerdict(
                 card.name,
                 card.memory_bytes,
-                found.process_bytes,
-                verdict,  # type: ignore[arg-type]
+                found.process_bytes_on(card.memory_bytes),
+                verdict,
                 found.shape.num_tokens,
             )
         )
     return tuple(verdicts)
+
+
+def _like_ampere(card: Card) -> Target:
+    from lora_cli.engine.target import Target
+
+    return Target("cuda", max(card.capability, (8, 0)))
 
 
 def describe(
@@ -171,9 +169,9 @@ def describe(
     verdict: Verdict | None,
     *,
     cards: tuple[CardVerdict, ...],
-    changes: tuple[object, ...],
+    changes: tuple[Change, ...],
     largest: int | None,
-    compared: tuple[object, ...],
+    compared: tuple[Compared, ...],
     notes: tuple[str, ...],
 ) -> Estimate:
     """The estimate of a need."""
@@ -182,13 +180,14 @@ def describe(
     replayed = need.replayed
     parts = dict(replayed.components)
     rounding = parts.pop("rounding", 0)
-    parts["fragmentation"] = replayed.peak_reserved_bytes - replayed.peak_allocated_bytes + rounding
+    process_bytes = need.process_bytes if card is None else need.process_bytes_on(card.memory_bytes)
+    parts["fragmentation"] = process_bytes - need.context_bytes - replayed.peak_allocated_bytes + rounding
     parts["context"] = need.context_bytes
     moment = replayed.moment
     return Estimate(
         peak_allocated_bytes=replayed.peak_allocated_bytes,
         peak_reserved_bytes=replayed.peak_reserved_bytes,
-        process_bytes=need.process_bytes,
+        process_bytes=process_bytes,
         error_bytes=int(MARGIN * replayed.peak_reserved_bytes),
         components={name: size for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size > 0},
         moment=", ".join(part for part in (moment.phase, _layer(moment.place)) if part),
@@ -201,9 +200,9 @@ def describe(
         verdict=verdict,
         base_bytes=need.base_bytes,
         cards=cards,
-        changes=changes,  # type: ignore[arg-type]
+        changes=changes,
         largest_micro_batch_tokens=largest,
-        compared=compared,  # type: ignore[arg-type]
+        compared=compared,
         assumptions=(*_assumptions(need, card), *notes),
     )
 
@@ -233,7 +232,7 @@ def _largest(question: Question, need: Need, known: int | None) -> int | None:
 
 
 def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
-    """The model's config.json, and a config that needs no weights: an existing adapter's settings in place of its path."""
+    """The model's config.json, and a config that needs no weights: an adapter's settings in place of its path."""
     from lora_cli.engine.planning import settings_of
     from lora_cli.model.architecture import read_architecture
     from lora_cli.model.weights import check_prequantized
@@ -270,7 +269,7 @@ def _assumptions(need: Need, card: Card | None) -> list[str]:
     if not context_measured(need.target):
         lines.append(f"{need.context_bytes / GIB:.1f} GiB for CUDA's context, not measured on this architecture")
     if train.optim.startswith("paged_"):
-        lines.append("the paged optimizer's state is counted as if it stayed on the card")
+        lines.append("the paged optimizer's state can leave the card, and is not counted")
     return lines
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from lora_cli.config import Config
 from lora_cli.config.schema import QuantizationConfig
-from lora_cli.estimate.answer import Change
+from lora_cli.report.estimated import Change
 
 if TYPE_CHECKING:
     from lora_cli.engine.memory.need import Need
     from lora_cli.estimate.estimation import Question
 
-Step = tuple[str, str, Config]
-"""The `--set` argument, what it costs, and the config with it."""
+Changes = dict[str, dict[str, object]]
+"""New values by section and key."""
 
 
 def changes_that_fit(question: Question, need: Need) -> tuple[Change, ...]:
@@ -24,25 +24,23 @@ def changes_that_fit(question: Question, need: Need) -> tuple[Change, ...]:
     """
     assert question.card is not None
     card_bytes, found = question.card.memory_bytes, []
-    config, before, settings = need.config, need, list(_resolved(question.config, need.config))
-    for setting, costs, changed in _steps(config):
-        config = _carry(config, changed)
-        after = question.rehearsals.need(config, need.target)
+    before, settings = need, list(_resolved(question.config, need.config))
+    for setting, costs, changes in _steps(need.config):
+        after = question.rehearsals.need(_with(before.config, changes), need.target)
         if after.process_bytes >= before.process_bytes:
-            config = before.config
             continue
         settings = [s for s in settings if s.partition("=")[0] != setting.partition("=")[0]] + [setting]
         fits = after.fits(card_bytes)
         saves = before.process_bytes - after.process_bytes
-        found.append(Change(tuple(settings), after.process_bytes, saves, costs, fits))
+        found.append(Change(tuple(settings), after.process_bytes_on(card_bytes), saves, costs, fits))
         before = after
         if fits:
             break
     return tuple(found)
 
 
-def _steps(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, object]]]]:
-    """Settings that save memory, the cheapest first."""
+def _steps(config: Config) -> Iterator[tuple[str, str, Changes]]:
+    """Settings that save memory, the cheapest first: the `--set` argument, what it costs, and the change."""
     train, model, data = config.train, config.model, config.data
     if train.loss == "full":
         yield "train.loss=chunked", "same result", {"train": {"loss": "chunked"}}
@@ -64,14 +62,14 @@ def _steps(config: Config) -> Iterator[tuple[str, str, dict[str, dict[str, objec
     length = data.max_length
     while length > 256:
         length //= 2
-        changes: dict[str, dict[str, object]] = {
+        changes: Changes = {
             "data": {"max_length": length},
             "train": {"micro_batch_tokens": min(length, int(train.micro_batch_tokens))},
         }
         yield f"data.max_length={length}", "longer examples lose their end", changes
 
 
-def _carry(config: Config, changes: dict[str, dict[str, object]]) -> Config:
+def _with(config: Config, changes: Changes) -> Config:
     update = {section: getattr(config, section).model_copy(update=values) for section, values in changes.items()}
     return config.model_copy(update=update)
 

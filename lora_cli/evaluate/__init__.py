@@ -4,7 +4,8 @@
     rows        which rows, and whether they were trained on
     models      the base, loaded once as trained, with adapters put on and taken off
     scoring     each row's loss and right tokens
-    answers     each row's prompt answered, and compared with its reference
+    answers     each row's prompt answered
+    matching    answers compared with references
     statistics  paired bootstrap intervals, the sign test
     verdict     the figures in words
     records     what is left in the run folder

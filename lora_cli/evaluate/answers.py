@@ -1,4 +1,4 @@
-"""Answers to the rows' own prompts, and how they compare with what the rows say.
+"""Answers to the rows' own prompts.
 
 The prompt of a row is all before its first supervised token, the reference its first supervised run: what
 training saw, token for token. Knows nothing about adapters or statistics.
@@ -6,15 +6,10 @@ training saw, token for token. Knows nothing about adapters or statistics.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lora_cli.data.examples import Examples
 from lora_cli.engine.generation import Generated, Sampling, generate_batch
@@ -27,7 +22,6 @@ if TYPE_CHECKING:
 
 LONGEST_ANSWER = 512
 """Tokens, unless asked otherwise."""
-_MARKS = re.compile(r"[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -111,25 +105,3 @@ def answer_all(
         )
         answers.update(zip(indices, batch, strict=True))
     return [answers[index] for index in range(len(prompts))]
-
-
-def exact(answer: str, reference: str) -> bool:
-    """The same text, apart from white space around it."""
-    return answer.strip() == reference.strip()
-
-
-def normalised(text: str) -> str:
-    """Without case, punctuation, and differences of white space and Unicode form."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_MARKS.sub(" ", folded).split())
-
-
-def marks(asked: Sequence[Question], answers: Sequence[Generated]) -> dict[str, NDArray[np.float64]]:
-    """For each measure, 1 where an answer has it and 0 where not."""
-    pairs = [(answer.text, question.reference) for question, answer in zip(asked, answers, strict=True)]
-    found = {
-        "exact_match": [exact(text, reference) for text, reference in pairs],
-        "normalised_match": [normalised(text) == normalised(reference) for text, reference in pairs],
-        "ended_by_itself": [answer.stop_reason == "stop" for answer in answers],
-    }
-    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}

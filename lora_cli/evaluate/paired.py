@@ -12,7 +12,8 @@ import numpy as np
 
 from lora_cli.engine.generation import Generated, Sampling
 from lora_cli.errors import RunFolderError, UserError
-from lora_cli.evaluate.answers import Question, answer_all, answer_limit, marks, questions
+from lora_cli.evaluate.answers import Question, answer_all, answer_limit, questions
+from lora_cli.evaluate.matching import Marks, mark
 from lora_cli.evaluate.models import Loaded, Reader, load_target, read_target
 from lora_cli.evaluate.records import write_evaluation
 from lora_cli.evaluate.rows import EvaluationRows, load_rows, rows_name
@@ -220,9 +221,15 @@ def _measures(bench: Bench, pair: Pair) -> tuple[Measure, ...]:
     measures = (loss, perplexity(loss), *rest)
     if not bench.asked:
         return measures
-    before, after = marks(bench.asked, pair.base.answers), marks(bench.asked, pair.adapter.answers)
-    each = np.ones(len(bench.asked))
-    return measures + compare([Ratio(name, before[name], after[name], each) for name in before], seed=seed)
+    marks = zip(_marks(bench, pair.base), _marks(bench, pair.adapter), strict=True)
+    ratios = [Ratio(before.name, before.values, after.values, before.counted) for before, after in marks]
+    return measures + compare(ratios, seed=seed)
+
+
+def _marks(bench: Bench, observed: Observed) -> tuple[Marks, ...]:
+    answers = [answer.text for answer in observed.answers]
+    references = [question.reference for question in bench.asked]
+    return mark(answers, references, [answer.stop_reason == "stop" for answer in observed.answers])
 
 
 def _columns(bench: Bench, pair: Pair) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in the run folder: `eval/NAME/` with summary.json and rows.parquet, or none."""
+"""What an evaluation leaves in the run folder, all of it or none: figures, rows, and a page to read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 from lora_cli.errors import RunFolderError
 from lora_cli.report.comparison import Evaluation
-from lora_cli.runs.atomic import sync, write_json
+from lora_cli.report.evaluation_page import render_evaluation_page
+from lora_cli.runs.atomic import sync, write_json, write_text
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, rows: Mapping[str, Sequence[Any]]) -> None:
     """Write an evaluation whole, in place of one of the same name.
 
     Args:
-        rows: columns, one value for each row.
+        rows: the columns of rows.parquet, one value for each row.
 
     Raises:
         RunFolderError: the folder can't be written.
@@ -31,6 +32,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, rows: Mapping[str, Se
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_json(temporary / "summary.json", evaluation.as_json())
+        write_text(temporary / "report.html", render_evaluation_page(evaluation, rows))
         pq.write_table(pa.table(dict(rows)), temporary / "rows.parquet")
         if folder.exists():
             os.rename(folder, old)

@@ -94,7 +94,7 @@ class AdaptedModel:
         return None if path is None else f"{path}.{leaf}" if path else leaf
 
     def merge(self, unit: Unit, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The changed parameters of `unit`, in float32; `base` holds those that it reads, in float32, and may be reused."""
+        """The changed parameters of `unit`, in float32; `base` holds those that it reads, likewise, to be spent."""
         if isinstance(unit.module, ModulesToSaveWrapper):
             return self._trained_module(unit)
         filled = dict(base)
@@ -118,12 +118,12 @@ class AdaptedModel:
 
         try:
             for name in unit.tensors:
-                owner, _, leaf = name.rpartition(".")
-                put(self.model.get_submodule(owner), leaf, self.values[name].to(device, torch.float32))
-            for owner_name, owner in unit.module.named_modules():
-                path = self.base_paths.get(id(owner))
-                for leaf in list(owner._parameters) if path is not None else ():
-                    name = f"{path}.{leaf}"
+                path, _, leaf = name.rpartition(".")
+                put(self.model.get_submodule(path), leaf, self.values[name].to(device, torch.float32))
+            for owner in unit.module.modules():
+                base_path = self.base_paths.get(id(owner))
+                for leaf in list(owner._parameters) if base_path is not None else ():
+                    name = f"{base_path}.{leaf}"
                     if name in base:
                         put(owner, leaf, base[name])
             yield
@@ -155,7 +155,7 @@ def lay_over(base: PreTrainedModel, folder: Path) -> AdaptedModel:
     """The adapter in `folder` over `base`, a model on `meta`.
 
     Raises:
-        ModelError: the adapter can't be read, holds a number that isn't one, or doesn't fit the model tensor for tensor.
+        ModelError: the adapter can't be read, holds NaN or infinity, or doesn't fit the model tensor for tensor.
     """
     config, saved = read_adapter(folder)
     paths = {id(module): name for name, module in base.named_modules()}
@@ -224,7 +224,7 @@ def _placed(model: PeftModel, saved: Mapping[str, Tensor], folder: Path) -> dict
         placed.update(state)
         return _IncompatibleKeys([], [])
 
-    model.load_state_dict = catch  # type: ignore[method-assign]
+    model.load_state_dict = catch  # type: ignore[method-assign, assignment]
     try:
         with _quiet():
             set_peft_model_state_dict(model, dict(saved))
@@ -280,9 +280,8 @@ def _units(adapted: AdaptedModel) -> Iterator[Unit]:
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or (inside and name.startswith(inside)):
             continue
         inside = f"{name}."
-        tensors = tuple(
-            one for one in adapted.values if one.startswith(inside) and adapted.base_name(one) is None
-        )
+        assert isinstance(module, nn.Module)
+        tensors = tuple(one for one in adapted.values if one.startswith(inside) and adapted.base_name(one) is None)
         if isinstance(module, ModulesToSaveWrapper):
             path = adapted.base_paths[id(module.original_module)]
             prefix = f"{inside}modules_to_save.default."

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,13 @@ from torch import Tensor
 from lora_cli.config import ModelConfig, QuantizationConfig
 from lora_cli.errors import ModelError
 from lora_cli.merge.layout import Group, Layout, find_layout
-from lora_cli.merge.shards import StoredTensor, read_header
+from lora_cli.merge.shards import read_header
 from lora_cli.model.architecture import build_on_meta
 from lora_cli.model.weights import bitsandbytes_config, check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -45,20 +46,22 @@ class Quantized:
         return self._round_trip(value)
 
     def _round_trip(self, weight: Tensor) -> Tensor:
-        import bitsandbytes as bnb
+        from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
+        from bitsandbytes.nn.modules import Params4bit
 
         if self.settings.type == "int8":
-            packed, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-            return bnb.functional.int8_vectorwise_dequant(packed, scales).to(self.dtype)
-        parameter = bnb.nn.Params4bit(
+            packed, scales, _ = int8_vectorwise_quant(weight.half())
+            seen: Tensor = int8_vectorwise_dequant(packed, scales).to(self.dtype)
+            return seen
+        packed_weight: Any = Params4bit(
             weight,
             requires_grad=False,
             compress_statistics=self.settings.double_quant,
             quant_type=self.settings.type,
             quant_storage=torch.uint8,
-        ).to(weight.device)
-        seen: Tensor = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
-        return seen
+        )
+        packed_weight = packed_weight.to(weight.device)  # packs it
+        return dequantize_4bit(packed_weight.data, packed_weight.quant_state)
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,7 @@ class Base:
         }
 
 
-def open_base(
-    model: ModelConfig, folder: Path, config: PretrainedConfig, train_dtype: torch.dtype | None
-) -> Base:
+def open_base(model: ModelConfig, folder: Path, config: PretrainedConfig, train_dtype: torch.dtype | None) -> Base:
     """The base in `folder`; nothing but headers is read. `train_dtype` is the run's, where it is known.
 
     Raises:
@@ -116,23 +117,20 @@ def weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
-def _quantized_parameters(
-    model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype
-) -> dict[str, bool]:
+def _quantized_parameters(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, bool]:
     """The parameters that bitsandbytes would pack, by transformers' own choice."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.auto import AutoHfQuantizer
 
     assert model.quantization is not None
     quantizer = AutoHfQuantizer.from_config(bitsandbytes_config(model.quantization, dtype), pre_quantized=False)
-    replaced = build_on_meta(config, trust_remote_code=model.trust_remote_code)
-    quantizer.preprocess_model(model=replaced)
-    return {
-        f"{name}.weight": issubclass(module.source_cls, Conv1D)
-        for name, module in replaced.named_modules()
-        if isinstance(module, Linear4bit | Linear8bitLt)
+    replaced: Any = build_on_meta(config, trust_remote_code=model.trust_remote_code)
+    quantizer.preprocess_model(model=replaced, device_map=None)
+    packed: dict[str, Any] = {
+        name: module for name, module in replaced.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
     }
+    return {f"{name}.weight": issubclass(module.source_cls, Conv1D) for name, module in packed.items()}
 
 
 def _refuse_prequantized(model: ModelConfig, config: PretrainedConfig) -> None:

@@ -27,24 +27,27 @@ def merged_card(target: Target, report: MergeReport, settings: str) -> str:
 def _figures(report: MergeReport, settings: str) -> list[tuple[str, str]]:
     figures = [
         ("adapter", settings),
-        ("merged", f"{report.changed:,} of {report.tensors:,} tensors, summed in float32, rounded once to {report.dtype}"),
+        (
+            "merged",
+            f"{report.changed:,} of {report.tensors:,} tensors, summed in float32, rounded once to {report.dtype}",
+        ),
         ("into", f"the {report.base.base} weights: {report.base.why}"),
     ]
     check = report.verification
     if check is None:
         return [*figures, ("verification", "every tensor accounted for; the numbers were not compared")]
     verdict = "verified" if check.verified else "not verified"
+    agreement = (
+        f"{verdict}: over {check.positions:,} positions logits differ from base + adapter by at most "
+        f"{check.max_logit_difference:.2g} (tolerance {check.tolerance:.2g}), KL {check.kl:.1e}, "
+        f"same top token {check.top1_agreement:.2%}"
+    )
+    losses = (
+        f"base {check.loss_base:.4f}, base + adapter {check.loss_adapter:.4f}, merged {check.loss_merged:.4f} "
+        f"(nats per token, {check.rows})"
+    )
     return [
         *figures,
-        (
-            "verification",
-            f"{verdict}: over {check.positions:,} positions logits differ from base + adapter by at most "
-            f"{check.max_logit_difference:.2g} (tolerance {check.tolerance:.2g}), KL {check.kl:.1e}, "
-            f"same top token {check.top1_agreement:.2%}",
-        ),
-        (
-            "loss",
-            f"base {check.loss_base:.4f}, base + adapter {check.loss_adapter:.4f}, merged {check.loss_merged:.4f} "
-            f"(nats per token, {check.rows})",
-        ),
+        ("verification", agreement),
+        ("loss", losses),
     ]

@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lora_cli.merge.adapter import AdaptedModel, ModulesToSaveWrapper, Unit
+from lora_cli.merge.adapter import AdaptedModel, Unit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,7 +37,8 @@ def skeleton(config: PretrainedConfig, *, trust_remote_code: bool, device: torch
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def plain_logits(model: PreTrainedModel, weights: Weights, input_ids: Tensor) -> Tensor:

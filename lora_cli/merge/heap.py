@@ -1,4 +1,4 @@
-"""Memory that is used again instead of being handed back after each module.
+"""Memory that is used again instead of being handed back after each module, and a core left for the disk.
 
 Every module of a model takes arrays of the same few sizes. The C library gets such large ones fresh from the system
 each time, which fills them with zeros page by page: three quarters of a merge's processor time, measured.
@@ -7,8 +7,11 @@ each time, which fills them with zeros page by page: three quarters of a merge's
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of the two settings."""
@@ -33,3 +36,14 @@ def reused_memory() -> Iterator[None]:
         set_option(_MMAP_THRESHOLD, _DEFAULT_BYTES)
         set_option(_TRIM_THRESHOLD, _DEFAULT_BYTES)
         trim(0)
+
+
+@contextmanager
+def core_to_spare() -> Iterator[None]:
+    """Within it, arithmetic leaves one core to the threads that write and flush."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(threads, len(os.sched_getaffinity(0)) - 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

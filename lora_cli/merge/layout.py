@@ -55,7 +55,7 @@ class Conversion:
     renamings: Sequence[WeightRenaming]
 
     def to_parameters(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        converter = deepcopy(self.converter)
+        converter: Any = deepcopy(self.converter)
         for stored in group.stored:
             converter.add_tensor(self.target, stored.name, self.patterns[stored.name], tensors[stored.name])
         return _single(converter.convert(self.target, model=self.model, config=self.model.config))
@@ -63,7 +63,7 @@ class Conversion:
     def to_stored(self, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import apply_renamings
 
-        back = self.converter.reverse_transform()
+        back: Any = self.converter.reverse_transform()
         first = ""
         for name, tensor in parameters.items():
             renamed, pattern = back.rename_source_key(name)
@@ -71,12 +71,12 @@ class Conversion:
             first = first or renamed
             back.add_tensor(first, name, pattern, tensor)
         found = _single(back.convert(first, model=self.model, config=self.model.config))
-        renamings = [renaming.reverse_transform() for renaming in reversed(self.renamings)]
+        renamings: list[Any] = [renaming.reverse_transform() for renaming in reversed(self.renamings)]
         named = {apply_renamings(name, renamings): tensor for name, tensor in found.items()}
         expected = {stored.name: stored.shape for stored in group.stored}
         if {name: tuple(tensor.shape) for name, tensor in named.items()} != expected:
             raise ModelError(
-                f"{group.parameters[0]} can't be written back as {len(expected)} tensors such as {group.stored[0].name}",
+                f"{group.parameters[0]} can't be written back as {len(expected)} tensors like {group.stored[0].name}",
                 remedy="Its conversion in transformers has no exact way back. Serve the adapter unmerged.",
             )
         return named
@@ -162,7 +162,7 @@ def _tied(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, str]:
     found = {}
     for family in families.values():
         if owners := sorted(family & there):
-            found.update({name: owners[0] for name in family - there})
+            found.update(dict.fromkeys(family - there, owners[0]))
     return found
 
 

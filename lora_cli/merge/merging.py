@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +18,12 @@ from lora_cli.merge.adapter import AdaptedModel, lay_over
 from lora_cli.merge.base import Base, open_base
 from lora_cli.merge.card import merged_card
 from lora_cli.merge.choice import choose_base
-from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Verification
+from lora_cli.merge.combination import combine, find_weighted
+from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Method, Verification
 from lora_cli.merge.rows import rows_for
 from lora_cli.merge.staging import accompany, check_free, commit, set_aside, staged
 from lora_cli.merge.streaming import Written, write_merged
-from lora_cli.merge.target import Target, base_folder, check_same_base, find_target
+from lora_cli.merge.target import Target, base_folder, check_same_base
 from lora_cli.merge.verification import Stage, verify
 from lora_cli.merge.work import Work, plan_work
 from lora_cli.model.architecture import read_architecture
@@ -43,9 +46,13 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
+    method: Method = "cat",
+    density: float | None = None,
     emit: Emit = ignore,
 ) -> MergeReport:
     """Merge the adapter of a run, or any PEFT LoRA, into its base, and check what came out.
+
+    Several targets, each as TARGET or TARGET:WEIGHT, are combined first, by `method`.
 
     `base` chooses the weights for a run that trained on a quantized base: None takes those that reproduce the trained
     model best. Without `verify` every tensor is still accounted for, but no numbers are compared.
@@ -55,12 +62,27 @@ def merge(
     Raises:
         UserError: a target, base or adapter that can't be used, or an output that can't be written.
     """
-    if len(targets) != 1:
-        raise UserError(f"{len(targets)} targets; a merge takes one run, adapter or config")
     limit, wanted = _parse_size(max_shard_size), _parse_dtype(dtype)
     check_free(output)
     emit(Working("reading the adapter and the headers of the base"))
-    target = find_target(targets[0])
+    parts = find_weighted(targets)
+    with ExitStack() as stack:
+        target = parts[0].target
+        if len(parts) > 1 or parts[0].weight != 1.0:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="lora-merge-")))
+            target = combine(parts, method, density, folder)
+        return _merge(target, output, base, wanted, limit, verify, emit)
+
+
+def _merge(
+    target: Target,
+    output: Path,
+    base: BaseChoice | None,
+    wanted: torch.dtype | None,
+    limit: int,
+    verify: bool,
+    emit: Emit,
+) -> MergeReport:
     source = _open(target)
     adapted = lay_over(source.model, target.adapter)
     warnings = [*adapted.idle(), *_check_copies(source, adapted)]
@@ -76,7 +98,7 @@ def merge(
         began = time.monotonic()
         written = write_merged(work, source, adapted, folder, max_shard_bytes=limit, emit=emit)
         _check_coverage(adapted, written)
-        accompany(folder, source.folder, target.adapter, unties=work.unties, dtype=dtype)
+        accompany(folder, source.folder, target.adapter, unties=work.unties, dtype=wanted and dtype_name(wanted))
         seconds, peak = time.monotonic() - began, _peak_memory_bytes()
         reference = trained if chosen.base == "quantized" else None
         del trained
@@ -100,12 +122,8 @@ def _open(target: Target) -> Base:
     return open_base(target.model, folder, config, None if trained_in == "auto" else getattr(torch, trained_in))
 
 
-def _verify(
-    stage: Stage, work: Work, adapted: AdaptedModel, folder: Path, reference: Tensor | None
-) -> Verification:
-    model = stage.target.model.model_copy(
-        update={"name_or_path": str(folder), "revision": None, "quantization": None}
-    )
+def _verify(stage: Stage, work: Work, adapted: AdaptedModel, folder: Path, reference: Tensor | None) -> Verification:
+    model = stage.target.model.model_copy(update={"name_or_path": str(folder), "revision": None, "quantization": None})
     merged = open_base(model, folder, read_architecture(model), None)
     return verify(stage, work, merged, work.rounded(stage.base, adapted), reference)
 

@@ -103,9 +103,7 @@ def _validation(
     return examples
 
 
-def _sample(
-    examples: Examples, budget: int, longest: int
-) -> tuple[list[NDArray[np.int64]], list[NDArray[np.bool_]]]:
+def _sample(examples: Examples, budget: int, longest: int) -> tuple[list[NDArray[np.int64]], list[NDArray[np.bool_]]]:
     """Rows spread evenly over the data, their beginnings, as many as the budget takes."""
     width = int(min(longest, max(_SHORTEST, np.median(examples.lengths))))
     count = min(len(examples), max(1, budget // width))

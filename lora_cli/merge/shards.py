@@ -60,7 +60,7 @@ class StoredTensor:
         tensor = torch.empty(self.num_bytes, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset)
-            _read_into(file, memoryview(tensor.numpy()), self.file)
+            _read_into(file, tensor.numpy().data, self.file)
         return tensor.view(self.dtype).view(self.shape)
 
     def announce(self) -> None:
@@ -168,7 +168,7 @@ class ShardWriter:
         slot = self._take(name)
         assert (tensor.dtype, tuple(tensor.shape)) == (slot.dtype, slot.shape), f"{name} is not as planned"
         if slot.num_bytes:
-            self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def copy(self, source: StoredTensor) -> None:
         """The next tensor, byte for byte from another file."""

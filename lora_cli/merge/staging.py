@@ -71,9 +71,7 @@ def check_free(output: Path) -> None:
         UserError: there is something at `output`.
     """
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(
-            f"{output.absolute()} is taken", remedy="Give another --output; nothing is overwritten."
-        )
+        raise UserError(f"{output.absolute()} is taken", remedy="Give another --output; nothing is overwritten.")
 
 
 def commit(stage: Path, output: Path) -> Path:

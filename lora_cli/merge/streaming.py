@@ -20,14 +20,14 @@ from torch import Tensor
 from lora_cli.errors import ModelError
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
-from lora_cli.merge.heap import reused_memory
+from lora_cli.merge.heap import core_to_spare, reused_memory
 from lora_cli.merge.shards import ShardWriter, Slot
 from lora_cli.merge.work import Job, Work
 from lora_cli.report.events import Emit, Working
 from lora_cli.runs.atomic import write_json
 
 INDEX = "model.safetensors.index.json"
-_WAITING_WRITES = 2
+_WAITING_WRITES = 1
 """Tensors that may wait for the disk before the arithmetic waits for them."""
 
 
@@ -57,7 +57,7 @@ def write_merged(
     merger = Merger(base, adapted, as_quantized=work.as_quantized)
     changed = done = 0
     used: set[str] = set()
-    with reused_memory(), _Output(folder, shards) as output:
+    with reused_memory(), core_to_spare(), _Output(folder, shards) as output:
         for job, following in zip_longest(work.jobs, work.jobs[1:]):
             for stored in following.stored if following is not None else ():
                 stored.announce()
@@ -102,7 +102,12 @@ class Merger:
     def run(self, job: Job, parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, bool]]:
         """The tensors of a job as they are written, each with whether the adapter changed it."""
         dtypes = {slot.name: slot.dtype for slot in job.slots}
-        of = {name: dtypes[group.stored[0].name] for group in job.groups if job.parted is None for name in group.parameters}
+        of = {
+            name: dtypes[group.stored[0].name]
+            for group in job.groups
+            if job.parted is None
+            for name in group.parameters
+        }
         rounded = {}
         for name, value in self.merged(job, parameters).items():
             rounded[name] = value.to(dtypes[name] if job.parted else of[name])

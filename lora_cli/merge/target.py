@@ -58,9 +58,7 @@ def find_target(text: str) -> Target:
             f"{path.absolute()} is a whole model, not an adapter",
             remedy="Full fine-tuning needs no merge.",
         )
-    raise UserError(
-        f"{path.absolute()} is neither a run folder (config.yaml) nor an adapter ({_ADAPTER_CONFIG})"
-    )
+    raise UserError(f"{path.absolute()} is neither a run folder (config.yaml) nor an adapter ({_ADAPTER_CONFIG})")
 
 
 def _of_run(run: RunFolder) -> Target:
@@ -105,9 +103,7 @@ def base_folder(model: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=_MODEL_FILES)
-        )
+        return Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=_MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{model.name_or_path}: the hub gave no such model: {str(error).strip().splitlines()[0]}",

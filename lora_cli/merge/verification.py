@@ -72,9 +72,7 @@ class Stage:
         return lay_over(self._skeleton(self.base), self.target.adapter)
 
     def _skeleton(self, base: Base) -> PreTrainedModel:
-        return skeleton(
-            base.config, trust_remote_code=self.target.model.trust_remote_code, device=self.device
-        )
+        return skeleton(base.config, trust_remote_code=self.target.model.trust_remote_code, device=self.device)
 
     @property
     def _input_ids(self) -> Tensor:
@@ -157,7 +155,7 @@ def verify(
 
 
 def parameter_reader(base: Base, *, as_quantized: bool) -> Weights:
-    """The base's parameters by name, straight from disk; the last group stays at hand, as its parameters come together."""
+    """The base's parameters by name, straight from disk; of one conversion, all come at once and wait their turn."""
     of = base.layout.group_of()
     last: tuple[Group, dict[str, Tensor]] | None = None
 

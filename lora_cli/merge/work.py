@@ -115,9 +115,7 @@ def _job(
     as_quantized: bool,
     dtype: torch.dtype | None,
 ) -> Job:
-    slots = tuple(
-        Slot(one.name, _output_dtype(one, dtype), one.shape) for group in groups for one in group.stored
-    )
+    slots = tuple(Slot(one.name, _output_dtype(one, dtype), one.shape) for group in groups for one in group.stored)
     parameters = {name for group in groups for name in group.parameters}
     recast = any(_output_dtype(one, dtype) != one.dtype for group in groups for one in group.stored)
     seen_otherwise = as_quantized and base.quantized is not None

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,9 @@ def check_targets(base: PreTrainedModel, adapter: AdapterConfig) -> None:
     """
     names = [name for name, _ in base.named_modules()]
     targets = adapter.target_modules
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            return
+    if targets == "all-linear":
+        lost = []
+    elif isinstance(targets, str):
         try:
             found = any(re.fullmatch(targets, name) for name in names)
         except re.error as error:
@@ -110,7 +111,13 @@ def check_targets(base: PreTrainedModel, adapter: AdapterConfig) -> None:
         offered = names if field == "modules_to_save" else [name for name, _ in base.named_parameters()]
         for wanted in getattr(adapter, field) or ():
             if not any(n == wanted or n.endswith(f".{wanted}") for n in offered):
-                raise ModelError(f"adapter.{field}: {wanted!r} matches nothing in {type(base).__name__}")
+                near = dict.fromkeys(".".join(name.split(".")[-2:]) for name in offered)
+                near |= dict.fromkeys(name.split(".")[-1] for name in offered)
+                matches = get_close_matches(wanted, near, n=3)
+                raise ModelError(
+                    f"adapter.{field}: {wanted!r} matches nothing in {type(base).__name__}",
+                    remedy=f"Did you mean {' or '.join(matches)}?" if matches else None,
+                )
 
 
 def check_adapter_folder(folder: Path) -> None:

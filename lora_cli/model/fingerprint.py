@@ -14,7 +14,7 @@ _SAMPLE_BYTES = 4096
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 over the safetensors files in `folder`: their beginnings, with the header, and samples spread over each."""
+    """SHA-256 over the safetensors files in `folder`: sizes, beginnings with the header, samples spread over each."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

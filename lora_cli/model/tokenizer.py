@@ -30,8 +30,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"{model.name_or_path}: no tokenizer can be read: {str(error).strip().splitlines()[0]}",
             remedy="The folder needs tokenizer.json (or the older vocabulary files) and tokenizer_config.json.",
         ) from error
-    if len(tokenizer) == 0:
-        raise ModelError(f"{model.name_or_path}: its tokenizer has no tokens")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files
+        raise ModelError(
+            f"{model.name_or_path}: there is no tokenizer, or it has no tokens",
+            remedy="The folder needs tokenizer.json (or the older vocabulary files) and tokenizer_config.json.",
+        )
     return tokenizer
 
 

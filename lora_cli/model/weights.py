@@ -6,6 +6,7 @@ Refuses pickled weights before anything is opened, and names a shard that is mis
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ def load_base(
         ModelError: pickled or missing weight files, a checkpoint that doesn't fill the model, a base that comes
             quantized by another method, or a model that bitsandbytes leaves mostly unquantized.
     """
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder = Path(model.name_or_path).expanduser()
@@ -53,14 +56,25 @@ def load_base(
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **extra,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ModelError(
-            f"{model.name_or_path}: weights can't be loaded: {str(error).strip().splitlines()[0]}"
+            f"{model.name_or_path}: weights can't be loaded: {str(error).strip().splitlines()[0]}",
+            remedy="A file that ends too early has to be downloaded or copied again.",
         ) from error
     base: PreTrainedModel = loaded[0]
     info = loaded[1]
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"{model.name_or_path}: {len(info['mismatched_keys'])} tensors have another shape than config.json says, "
+            f"the first {name}: {_shape(found)} in the file, {_shape(wanted)} by config.json",
+            remedy="The weights belong to another config.json.",
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(
@@ -71,6 +85,10 @@ def load_base(
     if model.quantization is not None:
         keep_packed_weights_unchanged(base)
     return base
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -19,6 +19,8 @@ _NAMES = {
     "bits_per_byte": "bits per byte",
     "exact_match": "exact match",
     "normalised_match": "match, normalised",
+    "valid_json": "valid JSON",
+    "matching_fields": "JSON fields",
     "ended_by_itself": "ended by itself",
 }
 """The measures that are shown, in this order; all are in the JSON."""

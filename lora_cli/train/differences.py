@@ -32,7 +32,7 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
     serious = [
         f"{key}: {_shown(old.get(key))} there, {_shown(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
-        if key not in HARMLESS and old.get(key) != new.get(key) and new.get(key) not in ("auto", _WISHES.get(key, "auto"))
+        if key not in HARMLESS and new.get(key) not in (old.get(key), "auto", _WISHES.get(key, "auto"))
     ]
     if serious:
         raise RunFolderError(

@@ -262,8 +262,9 @@ class Loop:
 
     def _eval_steps(self) -> int | None:
         value = self.config.train.eval_steps
-        share = value is not None and value < 1
-        return math.ceil(value * self.plan.steps.total) if share else _whole(value)  # rounded as transformers does
+        if value is not None and value < 1:
+            return math.ceil(value * self.plan.steps.total)  # as transformers rounds it
+        return _whole(value)
 
     def _minutes_are_over(self) -> bool:
         minutes = self.config.train.save_minutes

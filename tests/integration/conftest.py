@@ -12,9 +12,6 @@ from random import Random
 from typing import Any
 
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's library is imported
-
 import torch
 
 import lora_cli
@@ -95,7 +92,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.jsonl and heldout.jsonl: conversations of one to three turns."""
     folder = tmp_path_factory.mktemp("rows")
     random = Random(0)
-    words = "the rent is due on a day of may when we met at noon and it rained all over town".split()
+    words = "the rent is due on a day of may when we met at noon and it rained all over town".split()  # noqa: SIM905
 
     def said(most: int) -> str:
         return " ".join(random.choices(words, k=random.randint(1, most)))

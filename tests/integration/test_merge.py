@@ -19,6 +19,12 @@ from tests.integration.conftest import Run
 NF4 = ("model.quantization.type=nf4",)
 
 
+def live(run: Run) -> Any:
+    """The model as training left it, with its own attention again."""
+    run.model.get_base_model().set_attn_implementation("sdpa")
+    return run.model
+
+
 def logits(model: Any, folder: Path) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer("the rent is due on a day of may when we met at noon")["input_ids"]])
@@ -27,9 +33,7 @@ def logits(model: Any, folder: Path) -> torch.Tensor:
     return found
 
 
-def test_a_run_merges_into_a_model_that_says_the_same(
-    trained: Callable[..., Run], rows: Path, tmp_path: Path
-) -> None:
+def test_a_run_merges_into_a_model_that_says_the_same(trained: Callable[..., Run], rows: Path, tmp_path: Path) -> None:
     run = trained(f"data.validation={rows / 'heldout.jsonl'}")
     report = merge([str(run.folder)], tmp_path / "merged")
     assert report.verified
@@ -40,8 +44,7 @@ def test_a_run_merges_into_a_model_that_says_the_same(
     assert report.verification.loss_merged < report.verification.loss_base
     assert report.base.base == "original"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    run.model.float()
-    torch.testing.assert_close(logits(merged, tmp_path / "merged"), logits(run.model, tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged, tmp_path / "merged"), logits(live(run), tmp_path / "merged"))
 
 
 def test_everything_needed_lies_in_the_folder(trained: Callable[..., Run], tiny: Path, tmp_path: Path) -> None:
@@ -50,7 +53,7 @@ def test_everything_needed_lies_in_the_folder(trained: Callable[..., Run], tiny:
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
     assert "model.safetensors.index.json" in names
-    assert not any(name.startswith("adapter") or name.startswith(".") for name in names)
+    assert not any(name.startswith(("adapter", ".")) for name in names)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "library_name: transformers" in card
@@ -69,17 +72,17 @@ def test_a_quantized_run_goes_into_the_weights_that_it_saw(trained: Callable[...
     assert report.base.kl_quantized < 1e-3 * report.base.kl_original
     # The live model is bitsandbytes' own arithmetic; the merged one plain float32.
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    live, found = logits(run.model, tmp_path / "merged"), logits(merged, tmp_path / "merged")
-    assert float((live - found).abs().max()) < 1e-4 * float(live.abs().max())
+    expected, found = logits(live(run), tmp_path / "merged"), logits(merged, tmp_path / "merged")
+    assert float((expected - found).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
-def test_the_original_base_can_be_asked_for(trained: Callable[..., Run], tmp_path: Path) -> None:
+def test_the_original_base_can_be_asked_for(trained: Callable[..., Run], tiny: Path, tmp_path: Path) -> None:
     run = trained(*NF4)
     report = merge([str(run.folder)], tmp_path / "merged", base="original")
     assert report.verified
     assert report.base.base == "original"
     assert "as asked" in report.base.why
-    base = load_file(Path(json.loads((run.folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]) / "model.safetensors")
+    base = load_file(tiny / "model.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     same = [name for name in base if torch.equal(base[name], merged[name])]
     assert len(same) == len(base) - report.changed

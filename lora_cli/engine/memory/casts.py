@@ -55,7 +55,11 @@ def cast_arguments(
     """The arguments as autocast hands them on."""
     if func in _LOWER[kind]:
         dtype = torch.get_autocast_dtype(kind)
-    elif func in _FLOAT[kind] or (func in _LOSS and kind == "cuda") or (func in _FLOAT_UNLESS_DTYPE[kind] and kwargs.get("dtype") is None):
+    elif (
+        func in _FLOAT[kind]
+        or (func in _LOSS and kind == "cuda")
+        or (func in _FLOAT_UNLESS_DTYPE[kind] and kwargs.get("dtype") is None)
+    ):
         dtype = torch.float32
     else:
         return args, kwargs

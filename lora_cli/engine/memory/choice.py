@@ -75,12 +75,12 @@ def most_tokens(config: Config) -> int:
     return max(longest, min(MOST_TOKENS, longest * config.train.batch_size))
 
 
-def _between(
-    rehearsals: Rehearsals, config: Config, target: Target, card_bytes: int, small: Need, large: Need
-) -> Need:
+def _between(rehearsals: Rehearsals, config: Config, target: Target, card_bytes: int, small: Need, large: Need) -> Need:
     """Between a size that fits and one that doesn't, by what they need."""
     share = (card_bytes / (1 + MARGIN) - small.process_bytes) / max(1, large.process_bytes - small.process_bytes)
-    tokens = small.shape.num_tokens + int(min(0.95, max(0.0, share)) * (large.shape.num_tokens - small.shape.num_tokens))
+    tokens = small.shape.num_tokens + int(
+        min(0.95, max(0.0, share)) * (large.shape.num_tokens - small.shape.num_tokens)
+    )
     tokens -= tokens % STEP_TOKENS
     if tokens <= small.shape.num_tokens:
         return small

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 import torch
@@ -65,9 +65,10 @@ def load_on_meta(
 
 def label_weights(model: nn.Module, tracer: Tracer) -> None:
     """Tell the tracer which storages hold weights, and of which sort."""
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     for parameter in model.parameters():
         if parameter.requires_grad:
-            tracer.register([parameter], "trainable weights")
+            tracer.register([parameter], "trained weights" if all(trained) else "adapters")
             continue
         state = _quantization_state(parameter)
         tracer.register([parameter], "quantized weights" if state else "other weights")
@@ -81,10 +82,12 @@ def _place_quantized_layers(model: PreTrainedModel, quantization: QuantizationCo
 
     register_bitsandbytes()
     settings = bitsandbytes_config(quantization, dtype)
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)  # type: ignore[no-untyped-call]
+    keep = model._keep_in_fp32_modules
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, None if keep is None else list(keep))
     replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=settings)
-    model.is_loaded_in_4bit = quantization.type != "int8"
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    if quantization.type != "int8":
+        setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - PEFT reads it
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
 
@@ -92,37 +95,28 @@ def _place_quantized_layers(model: PreTrainedModel, quantization: QuantizationCo
 def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
     """What loading does with one weight: it comes in the compute dtype, is quantized, and goes."""
     from bitsandbytes import functional
-    from bitsandbytes.nn import Int8Params, Linear8bitLt, Params4bit
+    from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 
-    rows, columns = module.out_features, module.in_features
+    assert isinstance(module, nn.Linear)
+    shape = (module.out_features, module.in_features)
     if isinstance(module, Linear8bitLt):
-        values = torch.empty((rows, columns), dtype=torch.float16, device="meta")
-        scales = torch.empty(rows, dtype=torch.float32, device="meta")
-        packed = torch.empty((rows, columns), dtype=torch.int8, device="meta")
-        weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+        values = torch.empty(shape, dtype=torch.float16, device="meta")
+        scales = torch.empty(shape[0], dtype=torch.float32, device="meta")
+        packed = torch.empty(shape, dtype=torch.int8, device="meta")
         del values
-        module.weight = weight
+        module.weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
         return
-    old = module.weight
+    old: Any = module.weight
     packed, state = functional.quantize_4bit(
-        torch.empty((rows, columns), dtype=dtype, device="meta"),
+        torch.empty(shape, dtype=dtype, device="meta"),
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,
         quant_type=old.quant_type,
         quant_storage=old.quant_storage,
     )
-    module.weight = Params4bit(
-        packed,
-        requires_grad=False,
-        quant_state=state,
-        blocksize=old.blocksize,
-        compress_statistics=old.compress_statistics,
-        quant_type=old.quant_type,
-        quant_storage=old.quant_storage,
-        module=module,
-        bnb_quantized=True,
-    )
-    module.quant_state = state
+    same: Any = {name: vars(old)[name] for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    module.weight = Params4bit(packed, quant_state=state, module=cast(Any, module), bnb_quantized=True, **same)
+    vars(module)["quant_state"] = state
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lora_cli.engine.memory.allocator import OutOfCard
 from lora_cli.engine.memory.context import context_bytes
 from lora_cli.engine.memory.rehearsal import MicroBatches, rehearse, worst_micro_batches
 from lora_cli.engine.memory.replay import Replay, replay
+from lora_cli.engine.memory.scratch import workspace_bytes
 from lora_cli.engine.memory.trace import Trace
 from lora_cli.engine.selftest import Proof
 from lora_cli.engine.target import Target
@@ -44,6 +45,10 @@ class Need:
         """What nvidia-smi shows."""
         return self.replayed.peak_reserved_bytes + self.context_bytes
 
+    def process_bytes_on(self, card_bytes: int) -> int:
+        """On a card that is nearly full the allocator gives back what it has cached."""
+        return min(self.process_bytes, card_bytes) if self.fits(card_bytes) else self.process_bytes
+
     @property
     def base_bytes(self) -> int:
         """The weights alone, as they lie on the card."""
@@ -70,19 +75,28 @@ class Rehearsals:
     def __init__(self, architecture: PretrainedConfig, proof: Proof) -> None:
         self._architecture = architecture
         self._proof = proof
-        self._known: dict[str, Need] = {}
+        self._known: dict[tuple[str, Target], Need] = {}
+        self._traces: dict[tuple[str, Target], Trace] = {}
 
     def need(self, config: Config, target: Target) -> Need:
         """The need of `config`; `micro_batch_tokens` and `gradient_checkpointing` must be resolved."""
-        key = f"{config.model_dump_json()} {target}"
+        key = (config.model_dump_json(), target)
         if key not in self._known:
             computation = self.computation(config, target)
             tokens = config.train.micro_batch_tokens
             assert isinstance(tokens, int), "resolved by the caller"
             shape = worst_micro_batches(config, tokens, computation)
-            trace = rehearse(config, self._architecture, computation, target, shape)
+            trace = self._trace(key[0], config, target, shape)
             self._known[key] = Need(config, target, shape, replay(trace), trace)
         return self._known[key]
+
+    def _trace(self, name: str, config: Config, target: Target, shape: MicroBatches) -> Trace:
+        """Ampere and what came after it run the same kernels; only cuBLAS's workspace differs."""
+        alike = Target("cuda", (8, 0)) if target.capability >= (8, 0) else target
+        if (name, alike) not in self._traces:
+            computation = self.computation(config, alike)
+            self._traces[name, alike] = rehearse(config, self._architecture, computation, alike, shape)
+        return self._traces[name, alike].with_workspace(workspace_bytes(target))
 
     def computation(self, config: Config, target: Target) -> Computation:
         """How the run's forward pass will go on the target."""

@@ -24,7 +24,7 @@ from lora_cli.engine.target import Target
 aten = torch.ops.aten
 _META = torch.device("meta")
 
-_GET_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+_GET_DEVICE = Tensor.device.__get__
 _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 _IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 
@@ -37,7 +37,7 @@ def pretend(target: Target) -> Iterator[None]:
             for name, answer in _answers(target).items():
                 stack.enter_context(mock.patch(name, answer))
         mode = _Pretend(target)
-        run_backward = torch.autograd._engine_run_backward
+        run_backward = vars(torch.autograd)["_engine_run_backward"]
 
         def with_mode(*args: Any, **kwargs: Any) -> Any:
             with mode:  # which PyTorch suspends within `backward`, while recomputed layers need it
@@ -56,6 +56,7 @@ def _answers(target: Target) -> dict[str, Callable[..., Any]]:
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
         "torch.cuda.is_bf16_supported": lambda *args, **kwargs: target.native_bfloat16,
         "torch.cuda.get_device_capability": lambda *args, **kwargs: target.capability,
+        "torch.cuda.synchronize": lambda *args, **kwargs: None,
         "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
         "torch.utils._foreach_utils._get_fused_kernels_supported_devices": lambda: ["cuda", "cpu", "meta"],
         "torch.optim.optimizer._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
@@ -76,7 +77,7 @@ class _Pretend(TorchFunctionMode):
         if func == _GET_DEVICE:
             device = func(*args)
             return self._device if device.type == "meta" else device
-        if func == _IS_CUDA or func == _IS_CPU:
+        if func in (_IS_CUDA, _IS_CPU):
             if _GET_DEVICE(args[0]).type != "meta":
                 return func(args[0])
             return self._target.kind == ("cuda" if func == _IS_CUDA else "cpu")
@@ -129,9 +130,9 @@ def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[st
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     trained = any(t.requires_grad for t in (query, key, value))
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, trained, dropout, causal, scale=scale
-    )[0]
+    return aten._scaled_dot_product_efficient_attention(query, key, value, mask, trained, dropout, causal, scale=scale)[
+        0
+    ]
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, scale: float | None) -> Tensor:

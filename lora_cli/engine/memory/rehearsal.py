@@ -1,4 +1,4 @@
-"""A rehearsal: the training step that `lora train` takes, on `meta`, with model, adapter and optimizer as the config says.
+"""A rehearsal: the step that `lora train` takes, on `meta`, with model, adapter and optimizer as the config says.
 
 The micro-batch is the worst one that the config allows: full, of the longest documents, every token supervised. Two
 steps are taken, because the optimizer's state appears in the first; the second accumulates over two micro-batches where
@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
 
 from lora_cli.config import Config
 from lora_cli.engine.assembly import attach, causal_lm, leave_out_side_outputs, trainable_parameters
@@ -24,16 +24,18 @@ from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation
 from lora_cli.engine.memory.loading import label_weights, load_on_meta
 from lora_cli.engine.memory.pretend import pretend
-from lora_cli.engine.memory.scratch import Scratch, workspace_bytes
+from lora_cli.engine.memory.scratch import workspace_bytes
 from lora_cli.engine.memory.trace import Trace
 from lora_cli.engine.memory.tracer import Tracer
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
 from lora_cli.engine.step import Learner, train_step
 from lora_cli.engine.target import Target
 from lora_cli.engine.world import World
+from lora_cli.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _STEPS = 1_000
 """Length of the schedule, of which two are taken."""
@@ -71,16 +73,30 @@ def rehearse(
     """The trace of loading the model and of two steps; `train.gradient_checkpointing` must be resolved.
 
     Raises:
-        CannotTrace: the model does something that a tensor without values can't follow.
+        ModelError: the model does something that a tensor without values can't follow.
     """
+    try:
+        return _rehearse(config, architecture, computation, target, shape)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"cannot trace {architecture.model_type}, because its code asks for what a tensor without values "
+            f"can't say: {lines[0]}",
+            remedy="Its memory can't be told beforehand. `lora train` halves its micro-batches when memory runs out.",
+        ) from error
+
+
+def _rehearse(
+    config: Config, architecture: PretrainedConfig, computation: Computation, target: Target, shape: MicroBatches
+) -> Trace:
     tracer = Tracer(
         "meta",
-        Scratch(target),
+        target,
         architecture.get_text_config().vocab_size,
         truth=len(shape.document_lengths) == 1,
     )
     full = config.adapter is None
-    with _quiet(), tracer, pretend(target):
+    with _quiet(), tracer, pretend(target), _paged_aside(config.train.optim, tracer):
         tracer.trace.mark("load")
         base = load_on_meta(
             architecture,
@@ -100,7 +116,7 @@ def rehearse(
 
 
 def _learner(
-    model: nn.Module, config: Config, computation: Computation, target: Target, tracer: Tracer
+    model: PreTrainedModel | PeftModel, config: Config, computation: Computation, target: Target, tracer: Tracer
 ) -> Learner:
     parameters = trainable_parameters(model)
     tracer.watch_layers(model)
@@ -109,7 +125,7 @@ def _learner(
     optimizer.register_step_pre_hook(lambda *_: tracer.begin("update"))
     optimizer.register_step_post_hook(lambda *_: tracer.begin("forward"))
     return Learner(
-        model=causal_lm(model),  # type: ignore[arg-type]
+        model=causal_lm(model),
         parameters=parameters,
         optimizer=optimizer,
         scheduler=make_scheduler(config.train, optimizer, _STEPS),
@@ -120,9 +136,9 @@ def _learner(
 
 
 def _take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: Tracer) -> None:
-    world = World(0, 1, target.device, state=None)  # type: ignore[arg-type]
+    world = World(0, 1, target.device, state=None)
     workspace = workspace_bytes(target)
-    tracer.keep(workspace, "workspace")
+    tracer.keep_workspace(workspace)
     for step in (1, 2):
         tracer.trace.mark(f"step {step}")
         tracer.begin("forward")
@@ -130,7 +146,7 @@ def _take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: T
         supervised = count * sum(length - 1 for length in shape.document_lengths)
         train_step(learner, _batches(count, shape, target, tracer), supervised, world)
         if step == 1:
-            tracer.keep(workspace, "workspace")  # of the autograd engine's thread
+            tracer.keep_workspace(workspace)  # of the autograd engine's thread
     tracer.trace.mark("end")
 
 
@@ -139,6 +155,26 @@ def _batches(count: int, shape: MicroBatches, target: Target, tracer: Tracer) ->
     trained = [np.ones(length, bool) for length in shape.document_lengths]
     for _ in range(count):
         yield flatten(documents, trained, target.device)
+
+
+@contextmanager
+def _paged_aside(optimizer: str, tracer: Tracer) -> Iterator[None]:
+    """A paged optimizer's state lies in managed memory, outside of PyTorch's allocator; the driver moves it to the host
+    where the card is full."""
+    if not optimizer.startswith("paged_"):
+        yield
+        return
+    from bitsandbytes import functional
+
+    def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
+        with tracer.aside():
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+    manager = functional.GlobalPageManager.get_instance()
+    before = list(manager.paged_tensors)
+    with mock.patch.multiple(functional, get_paged=get_paged, fill=lambda *_, **__: None):
+        yield
+    manager.paged_tensors[:] = before
 
 
 @contextmanager

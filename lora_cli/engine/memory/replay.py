@@ -23,9 +23,7 @@ class Replay:
     """The birth that made the peak."""
 
 
-def replay(
-    trace: Trace, *, since: str = "load", capacity_bytes: int | None = None, expandable: bool = False
-) -> Replay:
+def replay(trace: Trace, *, since: str = "load", capacity_bytes: int | None = None, expandable: bool = False) -> Replay:
     """Run a trace through the allocator; peaks count from the last mark named `since`.
 
     Raises:

@@ -32,7 +32,9 @@ class Scratch:
     """What the kernels of a target take within one call."""
 
     def __init__(self, target: Target) -> None:
-        self._rules: dict[Any, Sizes] = dict(_CUDA) if target.kind == "cuda" else {}
+        self._rules: dict[Any, Sizes] = _CUDA if target.kind == "cuda" else {}
+        self.parts = _PARTS
+        """Operators to be recorded as what they consist of."""
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> list[int]:
         rule = self._rules.get(func)
@@ -57,21 +59,21 @@ def _flash_backward(args: tuple[Any, ...]) -> list[int]:
     return sizes
 
 
-def _dequantized(args: tuple[Any, ...]) -> list[int]:
-    """`bitsandbytes/backends/cuda/ops.py`, gemm_4bit: a batch of some hundred rows or more multiplies by the
-    dequantized weight; double quantization unpacks the scales first."""
-    x, _, shape = args[:3]
-    return [shape[0] * shape[1] * x.element_size()]
-
-
 _CUDA: dict[Any, Sizes] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
 }
 
+_PARTS: dict[Any, Callable[..., Any]] = {}
+"""Operators whose CUDA kernel is itself a sequence of operators."""
+
 
 def register_bitsandbytes() -> None:
-    """Add bitsandbytes' kernels, whose operators exist once it is imported."""
-    import bitsandbytes  # noqa: F401
+    """Add bitsandbytes' kernels, whose operators exist once it is imported.
 
-    _CUDA[torch.ops.bitsandbytes.gemm_4bit.default] = _dequantized
+    `bitsandbytes/backends/cuda/ops.py`, gemm_4bit: from some hundred rows on it multiplies by the dequantized weight.
+    """
+    import bitsandbytes  # noqa: F401
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    _PARTS[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit_default_impl

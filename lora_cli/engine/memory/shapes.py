@@ -21,16 +21,16 @@ class KnownShapes:
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`func(*args, **kwargs)`, on fresh storages where it makes fresh ones."""
+        key = (func, _signature(args), _signature(tuple(kwargs.items())))
         try:
-            key = (func, _signature(args), _signature(tuple(kwargs.items())))
-            known = self._known.get(key, key)
+            seen = key in self._known
         except TypeError:  # an argument that can't be a key
             return func(*args, **kwargs)
+        known = self._known[key] if seen else None
         if known is None:
-            return func(*args, **kwargs)
-        if known is key:
             result = func(*args, **kwargs)
-            self._known[key] = _layouts(func, args, result)
+            if not seen:
+                self._known[key] = _layouts(func, args, result)
             return result
         kind, layouts = known
         fresh = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts]

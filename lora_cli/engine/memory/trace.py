@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+WORKSPACE = "library workspace"
+"""The operator of a birth that no operator made: a library's workspace, kept for good."""
 
 
 @dataclass
@@ -42,6 +45,11 @@ class Trace:
 
     def free(self, number: int) -> None:
         self.events.append(-(number + 1))
+
+    def with_workspace(self, size_bytes: int) -> Trace:
+        """The same trace with libraries' lasting workspaces of another size."""
+        births = [replace(b, size_bytes=size_bytes) if b.operator == WORKSPACE else b for b in self.births]
+        return Trace(births, self.events, self.marks)
 
     def alive_after(self, count: int) -> Iterator[int]:
         """Storages alive after the first `count` events."""

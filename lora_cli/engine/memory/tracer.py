@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.engine.memory.scratch import Scratch
 from lora_cli.engine.memory.shapes import KnownShapes
-from lora_cli.engine.memory.trace import Birth, Trace
+from lora_cli.engine.memory.trace import WORKSPACE, Birth, Trace
+from lora_cli.engine.target import Target
 
 aten = torch.ops.aten
 
@@ -33,21 +34,23 @@ class Tracer(TorchDispatchMode):
 
     Args:
         device_type: `meta`, or `cpu` for real tensors.
-        scratch: what kernels of the target take and give back within one call.
+        target: whose kernels take and give back scratch memory within a call.
         vocabulary: a tensor whose last dimension is this is counted as logits.
         truth: what a condition on a `meta` tensor comes to. Models ask whether positions run on without a
             restart (`find_packed_sequence_indices`): true of a row that holds one document.
     """
 
     def __init__(
-        self, device_type: str, scratch: Scratch, vocabulary: int | None = None, *, truth: bool = False
+        self, device_type: str, target: Target, vocabulary: int | None = None, *, truth: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.phase = "load"
         self.place = ""
         self._device_type = device_type
-        self._scratch = scratch
+        self._scratch = Scratch(target)
+        # Finite; and on CUDA, where step counts lie on the host, no overflow of a float16 gradient.
+        self._number = 0 if target.kind == "cuda" else 1
         self._vocabulary = vocabulary
         self._truth = truth
         self._aside = False
@@ -58,7 +61,7 @@ class Tracer(TorchDispatchMode):
 
     def __enter__(self) -> Tracer:
         gc.disable()
-        run_backward = torch.autograd._engine_run_backward
+        run_backward = vars(torch.autograd)["_engine_run_backward"]  # perhaps wrapped already
 
         def in_phase(*args: Any, **kwargs: Any) -> Any:
             with self.during("backward") if kwargs.get("accumulate_grad") else nullcontext():
@@ -66,22 +69,28 @@ class Tracer(TorchDispatchMode):
 
         self._patch = mock.patch("torch.autograd._engine_run_backward", in_phase)
         self._patch.start()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._patch.stop()
         gc.enable()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # kernels must not be told of the target: below here all is `meta`
+            return self._record(func, args, kwargs or {})
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._aside:
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return self._truth if args[0].dtype == torch.bool else _zero(args[0].dtype)
+            return self._truth if args[0].dtype == torch.bool else self._number
+        parts = self._scratch.parts.get(func)
+        if parts is not None:
+            return self._record_within(parts, args, kwargs)
         sizes = self._scratch.sizes(func, args)
         result = self._shapes.run(func, args, kwargs) if self._shapes is not None else func(*args, **kwargs)
         if type(result) is Tensor:
@@ -94,15 +103,23 @@ class Tracer(TorchDispatchMode):
             self.take_and_give_back(sizes, str(func))
         return result
 
+    def _record_within(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call whose operators are recorded one by one; PyTorch suspends this mode while it handles an operator."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            return call(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def take_and_give_back(self, sizes: Iterable[int], operator: str) -> None:
         """Blocks that live only within one call."""
         numbers = [self._birth(size, "workspace", operator) for size in sizes]
         for number in reversed(numbers):
             self.trace.free(number)
 
-    def keep(self, size_bytes: int, kind: str) -> None:
-        """A block that no tensor shows and that stays: a library's workspace."""
-        self._birth(size_bytes, kind, "")
+    def keep_workspace(self, size_bytes: int) -> None:
+        """A block that no tensor shows and that stays."""
+        self._birth(size_bytes, "workspace", WORKSPACE)
 
     def register(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Storages that were there before, as born now, or the kind of those that are known."""
@@ -229,8 +246,3 @@ class _Sum:
 
     def __init__(self, number: int, key: int, position: int, addends: list[int]) -> None:
         self.number, self.key, self.position, self.addends = number, key, position, addends
-
-
-def _zero(dtype: torch.dtype) -> float | int:
-    """What a `meta` tensor's value is taken to be: finite."""
-    return 0.0 if dtype.is_floating_point else 0

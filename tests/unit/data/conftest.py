@@ -13,7 +13,7 @@ from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.config import DataConfig
-from tests.unit.data.templates import Style
+from tests.unit.data.style import Style
 
 # Examples share two cores with other tests: a slow one is no failure.
 settings.register_profile("data", deadline=None)

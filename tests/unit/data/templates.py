@@ -8,23 +8,8 @@ begin and end is kept; wordings of built-in system prompts are shortened.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Style:
-    name: str
-    template: str
-    specials: tuple[str, ...]
-    stops: tuple[str, ...]
-    bos: str | None = None
-    eos: str = "<|im_end|>"
-    system: bool = True
-    plain_added: tuple[str, ...] = ()
-    """Added tokens that are not special."""
-    rewrites: bool = False
-    """Whether a conversation of several turns becomes several examples."""
-
+from tests.unit.data.newer_templates import NEWER
+from tests.unit.data.style import Style
 
 CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + \
 '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -277,24 +262,27 @@ _DEEPSEEK_STOP = ("<｜end▁of▁sentence｜>",)
 
 STYLES = [
     Style("chatml", CHATML, _CHATML_TOKENS, ("<|im_end|>",)),
-    Style("qwen2.5", QWEN2_5, _CHATML_TOKENS, ("<|im_end|>", "<|endoftext|>"), plain_added=("<tool_call>", "</tool_call>")),
+    Style("qwen2.5", QWEN2_5, _CHATML_TOKENS, ("<|im_end|>", "<|endoftext|>"), plain_added=("<tool_call>", "</tool_call>"),
+          call='<tool_call>{"name":"weather","arguments":{"city":"Bern"}}</tool_call>'),
     Style("qwen3", QWEN3, _CHATML_TOKENS, ("<|im_end|>", "<|endoftext|>"),
-          plain_added=("<think>", "</think>", "<tool_response>", "</tool_response>"), rewrites=True),
+          plain_added=("<think>", "</think>", "<tool_response>", "</tool_response>"), rewrites=True, thought="<think>hm</think>"),
     Style("llama2", LLAMA_2, ("<s>", "</s>"), ("</s>",), bos="<s>", eos="</s>"),
     Style("llama3", LLAMA_3, _LLAMA_3_TOKENS, ("<|end_of_text|>", "<|eot_id|>"), bos="<|begin_of_text|>",
-          eos="<|end_of_text|>"),
+          eos="<|end_of_text|>", end="<|eot_id|>"),
     Style("mistral-v1", MISTRAL_V1, ("<s>", "</s>"), ("</s>",), bos="<s>", eos="</s>", system=False),
     Style("mistral-v3", MISTRAL_V3,
           ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-           "[TOOL_RESULTS]", "[/TOOL_RESULTS]"), ("</s>",), bos="<s>", eos="</s>"),
+           "[TOOL_RESULTS]", "[/TOOL_RESULTS]"), ("</s>",), bos="<s>", eos="</s>", moves=True,
+          call='[TOOL_CALLS][{"name":"weather","arguments":{"city":"Bern"}}]'),
     Style("gemma2", GEMMA_2, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), ("<eos>", "<end_of_turn>"),
-          bos="<bos>", eos="<eos>", system=False),
+          bos="<bos>", eos="<eos>", system=False, end="<end_of_turn>"),
     Style("phi3", PHI_3, ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
-          ("<|endoftext|>", "<|end|>"), eos="<|endoftext|>"),
+          ("<|endoftext|>", "<|end|>"), eos="<|endoftext|>", end="<|end|>"),
     Style("zephyr", ZEPHYR, ("<s>", "</s>"), ("</s>",), bos="<s>", eos="</s>"),
     Style("glm4", GLM_4,
           ("<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>"),
-          ("<|endoftext|>", "<|user|>", "<|observation|>"), eos="<|endoftext|>"),
+          ("<|endoftext|>", "<|user|>", "<|observation|>"), eos="<|endoftext|>", end="<|user|>", call_end="<|observation|>",
+          call='weather{"city":"Bern"}'),
     Style("deepseek", DEEPSEEK, _DEEPSEEK_TOKENS, _DEEPSEEK_STOP, bos="<｜begin▁of▁sentence｜>", eos=_DEEPSEEK_STOP[0]),
     Style("deepseek-r1", DEEPSEEK_R1, _DEEPSEEK_TOKENS, _DEEPSEEK_STOP, bos="<｜begin▁of▁sentence｜>",
           eos=_DEEPSEEK_STOP[0], plain_added=("<think>", "</think>")),
@@ -302,8 +290,10 @@ STYLES = [
           ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>",
            "<|SYSTEM_TOKEN|>"), ("<|END_OF_TURN_TOKEN|>",), bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>"),
     Style("gpt-oss", HARMONY, ("<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"),
-          ("<|return|>", "<|call|>"), eos="<|return|>", rewrites=True),
+          ("<|return|>", "<|call|>"), eos="<|return|>", rewrites=True,
+          thought="<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>"),
     Style("vicuna", VICUNA, ("<s>", "</s>"), ("</s>",), bos="<s>", eos="</s>"),
+    *NEWER,
 ]  # fmt: skip
 
 BY_NAME = {style.name: style for style in STYLES}

@@ -6,6 +6,7 @@ as they are words that occur once, and goes through the characters of every toke
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from lora_cli.data.jinja import DAY
 from lora_cli.data.preview import ExamplePreview, preview_examples
 from lora_cli.errors import DataError
 from tests.unit.data.conftest import WriteRows, config, tokenizer_of
-from tests.unit.data.templates import BY_NAME, STYLES, Style
+from tests.unit.data.style import Style
+from tests.unit.data.templates import BY_NAME, STYLES
 
 TURNS = [
     {"role": "user", "content": "First ask: what is 2 + 2?"},
@@ -35,10 +38,17 @@ def previews(path: Path, style: Style, kind: str = "bytes", **fields: Any) -> tu
     return preview_examples(config(path, **fields), tokenizer, stops, count=100)
 
 
+def rendered(style: Style, messages: list[dict[str, str]]) -> str:
+    """The template's own text, on the day that is always today."""
+    tokenizer, _ = tokenizer_of(style)
+    dated = re.sub(r"strftime_now\('([^']*)'\)", lambda call: repr(DAY.strftime(call[1])), style.template)
+    return str(tokenizer.apply_chat_template(messages, chat_template=dated, tokenize=False))
+
+
 def expected_flags(style: Style, kind: str, messages: list[dict[str, str]], trained: set[int]) -> list[int | None]:
     """1, 0 or None (white space, free) for each token of the template's own rendering."""
-    tokenizer, stops = tokenizer_of(style, kind=kind)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    tokenizer, _ = tokenizer_of(style, kind=kind)
+    text = rendered(style, messages)
     spans = {index: _find(text, message["content"].strip()) for index, message in enumerate(messages)}
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     flags: list[int | None] = []
@@ -48,12 +58,11 @@ def expected_flags(style: Style, kind: str, messages: list[dict[str, str]], trai
         foreign = any(a <= at < b for at in chars for i, (a, b) in spans.items() if i not in trained)
         flags.append(None if not chars else int(own and not foreign))
     for index in trained:
-        after = next(
-            (at for at, (start, _) in enumerate(encoded["offset_mapping"])
-             if start >= spans[index][1] and flags[at] is not None), None
-        )  # fmt: skip
-        if after is not None and encoded["input_ids"][after] in stops:
-            flags[after] = 1
+        end = spans[index][1] + len(text[spans[index][1] :]) - len(text[spans[index][1] :].lstrip())
+        if text.startswith(style.turn_end, end):
+            for at, (start, stop) in enumerate(encoded["offset_mapping"]):
+                if end <= start and stop <= end + len(style.turn_end):
+                    flags[at] = 1
     flags[0] = 0
     return flags
 
@@ -70,7 +79,7 @@ def _find(text: str, content: str) -> tuple[int, int]:
 def test_mask_agrees_with_the_oracle(write_rows: WriteRows, style: Style, system: bool, kind: str) -> None:
     messages = [SYSTEM, *TURNS] if system else TURNS
     path = write_rows({"messages": messages})
-    if system and style.name == "mistral-v3":
+    if system and style.moves:
         pytest.skip("a conversation that ends with an answer has no system prompt in it: a test of its own, below")
     if system and not style.system:
         with pytest.raises(DataError, match=r"train.jsonl:1: the chat template refuses"):
@@ -82,12 +91,12 @@ def test_mask_agrees_with_the_oracle(write_rows: WriteRows, style: Style, system
     assert len(got) == len(wholes)
     tokenizer, stops = tokenizer_of(style, kind=kind)
     for example, (part, trained) in zip(got, wholes, strict=True):
-        text = tokenizer.apply_chat_template(part, tokenize=False)
+        text = rendered(style, part)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        # GLM's last turn ends without a stop token; one is appended.
+        # GLM's last turn ends without a stop token, as the next header is it; one is appended.
         assert list(example.input_ids[: len(ids)]) == ids
         appended = example.input_ids[len(ids) :]
-        assert (len(appended) == 1 and appended[0] in stops) if style.name == "glm4" else not appended
+        assert (len(appended) == 1 and appended[0] in stops) if style.end == "<|user|>" else not appended
         wanted = expected_flags(style, kind, part, trained) + [1] * len(appended)
         differing = [
             (token, flag, want)
@@ -100,7 +109,7 @@ def test_mask_agrees_with_the_oracle(write_rows: WriteRows, style: Style, system
 
 
 def test_every_style_was_tried() -> None:
-    assert len({style.name for style in STYLES}) >= 15
+    assert len({style.name for style in STYLES}) == len(STYLES) >= 40
 
 
 def _squeezed(text: str) -> str:
@@ -111,13 +120,6 @@ def trained_text(example: ExamplePreview, style: Style) -> str:
     tokenizer, _ = tokenizer_of(style)
     ids = [number for number, flag in zip(example.input_ids, example.trained, strict=True) if flag]
     return _squeezed(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def turn_end(style: Style) -> str:
-    """How a turn ends, as the published definitions say."""
-    return {"glm4": "<|user|>", "phi3": "<|end|>", "llama3": "<|eot_id|>", "gemma2": "<end_of_turn>"}.get(
-        style.name, style.stops[0]
-    )
 
 
 contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -147,9 +149,9 @@ def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data
         if style.name in ("llama2", "mistral-v3") and "can't be kept as text" in error.message:
             return
         raise
-    wanted = [_squeezed(answer + turn_end(style)) for answer in answers]
+    wanted = [_squeezed(answer + style.turn_end) for answer in answers]
     found = [trained_text(example, style) for example in got]
-    split = style.rewrites or (style.name == "mistral-v3" and messages[0]["role"] == "system")
+    split = style.rewrites or (style.moves and messages[0]["role"] == "system")
     assert found == (wanted if split else ["".join(wanted)])
 
 
@@ -252,30 +254,75 @@ TOOL = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
 }
-CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+CALL = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
 TOOL_TURNS = [
     {"role": "user", "content": "Rain in Bern?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "content": "dry"},
+    {"role": "tool", "content": "dry", "tool_call_id": "call12345"},
     {"role": "assistant", "content": "No rain."},
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        (
-            "qwen2.5",
-            ['<tool_call>{"name":"weather","arguments":{"city":"Bern"}}</tool_call><|im_end|>Norain.<|im_end|>'],
-        ),
-        ("mistral-v3", ['[TOOL_CALLS][{"name":"weather","arguments":{"city":"Bern"}}]</s>Norain.</s>']),
-        ("glm4", ['weather{"city":"Bern"}<|observation|>Norain.<|user|>']),
-    ],
-)
-def test_tool_calls_are_trained_and_results_are_not(write_rows: WriteRows, name: str, wanted: list[str]) -> None:
-    style = BY_NAME[name]
-    got = previews(write_rows({"messages": TOOL_TURNS, "tools": [TOOL]}), style)
-    assert [trained_text(example, style) for example in got] == wanted
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_tool_calls_are_trained_and_results_are_not(write_rows: WriteRows, style: Style) -> None:
+    path = write_rows({"messages": TOOL_TURNS, "tools": [TOOL]})
+    if style.call is None:
+        with pytest.raises(DataError, match=r"train.jsonl:1: (messages\[1\].tool_calls: .* leaves|the chat template refuses)"):
+            previews(path, style)
+        return
+    got = previews(path, style)
+    called = style.call + (style.call_end or style.turn_end)
+    assert "".join(trained_text(example, style) for example in got) == called + "Norain." + style.turn_end
+    assert all(example.input_ids[_last_trained(example)] in tokenizer_of(style)[1] for example in got)
+
+
+def _last_trained(example: ExamplePreview) -> int:
+    return max(at for at, flag in enumerate(example.trained) if flag)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.name)
+def test_thinking_is_trained_or_refused(write_rows: WriteRows, style: Style) -> None:
+    turns = [TURNS[0], {"role": "assistant", "content": "Uno", "reasoning_content": "hm"}]
+    path = write_rows({"messages": turns})
+    if style.thought is None:
+        with pytest.raises(DataError, match=r"train.jsonl:1: messages\[1\].reasoning_content: .* leaves it out"):
+            previews(path, style)
+        return
+    (example,) = previews(path, style)
+    assert trained_text(example, style) == style.thought + "Uno" + style.turn_end
+
+
+def test_arguments_given_as_json_are_the_object_they_spell(write_rows: WriteRows) -> None:
+    """As OpenAI's API has them; templates would quote them a second time."""
+    quoted = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    turns = [TOOL_TURNS[0], {**TOOL_TURNS[1], "tool_calls": [quoted]}, *TOOL_TURNS[2:]]
+    style = BY_NAME["qwen2.5"]
+    (as_text,), (as_object,) = (
+        previews(write_rows({"messages": messages, "tools": [TOOL]}), style) for messages in (turns, TOOL_TURNS)
+    )
+    assert as_text.input_ids == as_object.input_ids
+
+
+def test_a_template_that_adds_another_turn_is_refused(write_rows: WriteRows) -> None:
+    """Command R+ for tools writes a system turn behind every call."""
+    template = BY_NAME["command-r"].template.replace(
+        "{% if add_generation_prompt %}",
+        "{% if messages[-1].role == 'assistant' %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Go on.<|END_OF_TURN_TOKEN|>"
+        "{% endif %}{% if add_generation_prompt %}",
+    )
+    turns = [TURNS[0], {**TURNS[1], "tool_calls": [CALL]}]
+    path = write_rows({"messages": turns})
+    with pytest.raises(DataError, match=r"messages\[1\]: can't tell .* another turn follows them"):
+        previews(path, replace(BY_NAME["command-r"], template=template))
+
+
+def test_the_date_stands_still(write_rows: WriteRows) -> None:
+    path = write_rows({"messages": TURNS[:2]})
+    (example,) = previews(path, BY_NAME["mistral-v7"])
+    assert "The current date is 2024-07-26." in example.text
+    assert any("writes today's date" in note for note in example.notes)
+    (example,) = previews(path, BY_NAME["granite3"])
+    assert "Today's Date: July 26, 2024." in example.text
 
 
 def test_a_system_prompt_that_moves_gives_one_example_per_turn(write_rows: WriteRows) -> None:

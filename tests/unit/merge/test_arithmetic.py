@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-from lora_cli.config import ModelConfig
+from lora_cli.config import ModelConfig, QuantizationConfig
 from lora_cli.merge.adapter import lay_over
 from lora_cli.merge.base import open_base
 from lora_cli.merge.streaming import Written, write_merged
 from lora_cli.merge.work import plan_work
 from lora_cli.model.architecture import read_architecture
+from lora_cli.model.weights import load_base
 from lora_cli.report.events import ignore
-
 from tests.unit.merge.tiny import oracle, save_adapter, save_base
 
 
@@ -72,6 +75,94 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         {"target_modules": ["k_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
     ),
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "mixtral"])
+def test_every_dtype(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    base = save_base(tmp_path / "base", name, dtype)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    merged_to(tmp_path / "merged", base, adapter)
+    check_equal(tmp_path / "merged", oracle(base, adapter, dtype))
+
+
+def test_near_an_oracle_in_float64(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.float32)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    merged_to(tmp_path / "merged", base, adapter)
+    found, before = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    for layer in range(2):
+        module = f"model.layers.{layer}.self_attn.q_proj"
+        a, b = (saved[f"base_model.model.{module}.lora_{one}.weight"].double() for one in "AB")
+        exact = before[f"{module}.weight"].double() + 2.0 * b @ a  # PEFT's alpha is 8, r is 4
+        error = (found[f"{module}.weight"].double() - exact).abs().max()
+        assert error < 1e-6 * exact.abs().max()
+
+
+def test_adapter_in_16_bits_is_not_rounded_on_the_way(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.float32)
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    merged_to(tmp_path / "merged", base, adapter)
+    found, before = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    saved = load_file(file)
+    module = "model.layers.0.self_attn.q_proj"
+    a, b = (saved[f"base_model.model.{module}.lora_{one}.weight"].float() for one in "AB")
+    assert torch.equal(found[f"{module}.weight"], before[f"{module}.weight"] + b @ a * 2.0)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "llama-tied"])
+def test_the_layout_on_disk_stays(tmp_path: Path, name: str) -> None:
+    base = save_base(tmp_path / "base", name, torch.bfloat16, max_shard_size="30KB")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules="all-linear")
+    written = merged_to(tmp_path / "merged", base, adapter, max_shard_bytes=20_000)
+    before, after = (
+        {n: (t.dtype, t.shape) for file in (tmp_path / one).glob("*.safetensors") for n, t in load_file(file).items()}
+        for one in ("base", "merged")
+    )
+    assert before == after
+    assert written.shards == len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
+
+
+def test_tensors_that_are_no_part_of_the_model_are_kept(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "gpt2", torch.bfloat16)
+    file = base / "model.safetensors"
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 128, 128, dtype=torch.bool).tril() for i in range(2)}
+    save_file({**load_file(file), **masks}, file, {"format": "pt"})
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["c_attn"])
+    merged_to(tmp_path / "merged", base, adapter)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma"])
+@pytest.mark.parametrize(
+    "quantization",
+    [{"type": "nf4", "double_quant": True}, {"type": "nf4", "double_quant": False}, {"type": "fp4"}, {"type": "int8"}],
+    ids=str,
+)
+def test_quantized_weights_are_those_that_transformers_makes(
+    tmp_path: Path, name: str, quantization: dict[str, Any]
+) -> None:
+    """A dequantized weight is what the layer makes of the unit matrix."""
+    folder = save_base(tmp_path / "base", name, torch.bfloat16)
+    model = ModelConfig(name_or_path=str(folder), quantization=QuantizationConfig(**quantization))
+    config = read_architecture(model)
+    live = load_base(model, config, device=torch.device("cpu"), dtype=torch.float32, attention="eager")
+    base = open_base(model, folder, config, torch.float32)
+    assert base.quantized is not None
+    packed = {f"{n}.weight" for n, m in live.named_modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")}
+    assert set(base.quantized.transposed) == packed
+    of = base.layout.group_of()
+    for parameter in sorted(packed):
+        layer: Any = live.get_submodule(parameter.removesuffix(".weight"))
+        found = base.read(of[parameter], as_quantized=True)[parameter]
+        expected = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+        assert torch.equal(found.T if base.quantized.transposed[parameter] else found, expected.float()), parameter
 
 
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)

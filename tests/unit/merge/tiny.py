@@ -31,9 +31,7 @@ _SMALL = {
     "pad_token_id": 0,
 }
 CONFIGS: dict[str, PretrainedConfig] = {
-    "gpt2": GPT2Config(
-        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
-    ),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2),
     "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**_SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),

@@ -12,6 +12,7 @@ from rich.cells import cell_len
 
 from lora_cli.report.comparison import Comparison, Demand, Evaluation, Generations, Measure, Output, RowChange
 from lora_cli.report.evaluation import render_evaluation, render_outputs
+from lora_cli.report.evaluation_page import render_evaluation_page
 
 
 def measure(name, base, adapter, low, high):
@@ -99,6 +100,37 @@ def test_answers_stand_under_their_prompt():
     assert text.splitlines() == [
         "  when?", "", "  base (cut at the limit)", "    no idea", "", "  runs/a/adapter", "    12 May",
     ]  # fmt: skip
+
+
+ROWS = {
+    "place": [f"test.jsonl:{number}" for number in range(1, 9)],
+    "base_loss": [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7],
+    "adapter_loss": [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 4.0],
+    "text": ["<script>alert(1)</script>"] * 8,
+}
+
+
+def test_the_page_shows_what_changed_most():
+    page = render_evaluation_page(EVALUATION, ROWS)
+    gained, lost = page.split("Most gained")[1].split("Most lost")
+    assert gained.index("test.jsonl:7") < gained.index("test.jsonl:6")
+    assert "test.jsonl:8" in lost
+    assert "test.jsonl:7" not in lost
+    assert "2.7000 → 4.0000" in lost
+    assert page.count("<svg") == 2
+
+
+def test_the_page_runs_nothing_from_the_rows():
+    answered = {
+        "prompt": ["<b>"] * 8,
+        "reference": ["<i>"] * 8,
+        "base_answer": ["<u>"] * 8,
+        "adapter_answer": ["<s>"] * 8,
+    }
+    page = render_evaluation_page(replace(EVALUATION, target="<h1>", warnings=("<hr>",)), ROWS | answered)
+    for tag in ("<script", "<b>alert", "<i>", "<u>", "<s>", "<hr>", "<h1><"):
+        assert tag not in page
+    assert "&lt;script&gt;" in page
 
 
 def test_an_answer_cant_steer_the_terminal():

@@ -1,4 +1,7 @@
-"""What an estimate says, as frozen values. Imports nothing heavy: screens show them."""
+"""What an estimate of memory found, as frozen values.
+
+`estimate` makes them, the screen lays them out, `--json` prints them. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,149 @@
+"""Several adapters of one base as one, by PEFT's `add_weighted_adapter`.
+
+`cat` is the exact weighted sum of what the adapters do, at the sum of their ranks; `svd` the best approximation of it
+at one rank; the others are published ways to keep adapters out of each other's way. Only the adapters are in memory:
+the base stands in with weights that take no room.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lora_cli.errors import ModelError, UserError
+from lora_cli.merge.adapter import lay_over, read_adapter
+from lora_cli.merge.result import Method
+from lora_cli.merge.target import Target, find_target
+from lora_cli.model.architecture import build_on_meta, read_architecture
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+NEEDS_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter and how strongly it counts."""
+
+    target: Target
+    weight: float
+
+
+def find_weighted(texts: Sequence[str]) -> list[Weighted]:
+    """The adapters that `texts` name, each as TARGET or TARGET:WEIGHT.
+
+    Raises:
+        UserError: one that isn't there, or one that belongs to another base than the first.
+    """
+    found = []
+    for text in texts:
+        path, weight = _split(text)
+        found.append(Weighted(find_target(path), weight))
+    first = found[0].target
+    for other in found[1:]:
+        if other.target.model.name_or_path != first.model.name_or_path:
+            raise ModelError(
+                f"{other.target.adapter} belongs to {other.target.model.name_or_path}, "
+                f"{first.adapter} to {first.model.name_or_path}: adapters of two bases can't be combined"
+            )
+        if other.target.model.quantization != first.model.quantization:
+            raise ModelError(f"{other.target.adapter} saw its base quantized otherwise than {first.adapter} did")
+    return found
+
+
+def combine(parts: Sequence[Weighted], method: Method, density: float | None, folder: Path) -> Target:
+    """The target whose adapter is the combination of `parts`; it is written to `folder`.
+
+    Raises:
+        UserError: adapters, or a method, that have no combination.
+    """
+    if method not in get_args(Method):
+        raise UserError(f"--method {method} is not one of {', '.join(get_args(Method))}")
+    if method in NEEDS_DENSITY and (density is None or not 0 < density <= 1):
+        raise UserError(f"--method {method} needs --density, the share of values to keep, such as 0.5")
+    first = parts[0].target
+    architecture = read_architecture(first.model)
+    for part in parts:
+        _check_plain(part.target)
+        lay_over(build_on_meta(architecture, trust_remote_code=first.model.trust_remote_code), part.target.adapter)
+    _write(parts, architecture, method, density, folder)
+    return replace(first, adapter=folder)
+
+
+def _write(
+    parts: Sequence[Weighted], architecture: PretrainedConfig, method: Method, density: float | None, folder: Path
+) -> None:
+    model: Any = None
+    names = [f"part{number}" for number in range(len(parts))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, part in zip(names, parts, strict=True):
+            path = str(part.target.adapter)
+            if model is None:
+                base = build_on_meta(architecture, trust_remote_code=part.target.model.trust_remote_code)
+                model = PeftModel.from_pretrained(_weightless(base), path, adapter_name=name)
+            else:
+                model.load_adapter(path, adapter_name=name)
+            # The combination takes its settings from the first part, and PEFT has put its scaling into the weights.
+            model.peft_config[name].use_rslora = False
+        try:
+            model.add_weighted_adapter(
+                names,
+                [part.weight for part in parts],
+                "combination",
+                combination_type=method,
+                density=density,
+                svd_full_matrices=False,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(f"--method {method}: {str(error).splitlines()[0]}") from error
+        model.peft_config["combination"].base_model_name_or_path = parts[0].target.model.name_or_path
+        model.save_pretrained(str(folder), selected_adapters=["combination"], save_embedding_layers=False)
+    for file in (folder / "combination").iterdir():
+        file.rename(folder / file.name)
+    (folder / "combination").rmdir()
+
+
+def _weightless(base: Any) -> Any:
+    """Parameters of the right shapes on the CPU, one number of memory each: PEFT asks only for device and shape."""
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                stand_in = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
+    return base
+
+
+def _check_plain(target: Target) -> None:
+    """Refuse what a sum of low-rank products can't hold."""
+    config, _ = read_adapter(target.adapter)
+    held = {
+        "use_dora": config.use_dora,
+        f"bias {config.bias!r}": config.bias != "none",
+        "lora_bias": config.lora_bias,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "target_parameters": config.target_parameters,
+    }
+    found = [name for name, there in held.items() if there]
+    if found:
+        raise ModelError(
+            f"{target.adapter.absolute()} was trained with {', '.join(found)}, which can't be combined",
+            remedy="Merge it by itself.",
+        )
+
+
+def _split(text: str) -> tuple[str, float]:
+    if Path(text).exists():
+        return text, 1.0
+    found = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
+    return (found[1], float(found[2])) if found else (text, 1.0)
