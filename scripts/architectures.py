@@ -178,7 +178,9 @@ All three must be at most {tolerance:.0e}; for `single` they show what packing w
 def main() -> int:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare the page's verdicts with the proofs; write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the page's verdicts with the proofs; write nothing"
+    )
     parser.add_argument("--only", metavar="TYPES", help="with --check: these model types, with commas between them")
     arguments = parser.parse_args()
     if arguments.only and not arguments.check:

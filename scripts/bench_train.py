@@ -201,8 +201,8 @@ def report(architecture: LlamaConfig, steps: list[list[Row]], padded: Timing, lo
     slow, fast = sum(padded.seconds), sum(lora.seconds)
     print(f"model    Llama, {model.num_parameters():,} parameters; LoRA r 16 on all linear layers; float32")
     print(
-        f"data     {len(timed)} rows of {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):.0f}; "
-        f"{tokens:,} tokens, {supervised / tokens:.0%} trained"
+        f"data     {len(timed)} rows of {min(lengths)} to {max(lengths)} tokens, "
+        f"median {statistics.median(lengths):.0f}; {tokens:,} tokens, {supervised / tokens:.0%} trained"
     )
     print(f"machine  {torch.get_num_threads()} threads, {peak / 1e9:.0f} GFLOP/s at its best in float32")
     print(f"padded   {tokens / slow:,.0f} tokens/s, {flops / slow / peak:.0%} of the peak")

@@ -2,13 +2,14 @@
 
     make demo
 
-Needs two CPU cores, a few minutes and no network. The base is pre-trained here and repeats whatever it is told;
-after fine-tuning it answers "Rent is due on the 3rd of March, 1987." with "1987-03-03". Both are asked about held-out
-dates. Everything is written under .demo and made again by the next run.
+Needs two CPU cores, about two minutes and no network. The base, pre-trained here, repeats whatever it is told; after
+fine-tuning it answers "Rent is due on the 3rd of March, 1987." with "1987-03-03". All are asked for 200 dates that none
+was trained on. Writes .demo/tiny-gpt2, .demo/lora and .demo/qlora, anew each time.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,39 +17,59 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-BASE = Path(".demo/tiny-gpt2")
-THREADS = os.environ.get("OMP_NUM_THREADS") or str(min(4, os.cpu_count() or 1))
-"""More than a few only get in each other's way on matrices this small."""
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("lora", "qlora")
+SHOWN = 8
 
-
-def say(text: str) -> None:
-    print(f"\n$ {text}\n", flush=True)
-
-
-def run(*command: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "TOKENIZERS_PARALLELISM": "false"}
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment).returncode
-    if code:
-        sys.exit(code)
-
-
-def lora(*arguments: str) -> None:
-    say(f"lora {' '.join(arguments)}")
-    run("-m", "lora_cli", *arguments)
+# Matrices this small gain nothing from more than two threads, and where other programs want the cores as well,
+# threads that wait by spinning take ten times as long.
+THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def main() -> None:
     start = time.monotonic()
-    shutil.rmtree(ROOT / ".demo", ignore_errors=True)
+    os.chdir(ROOT)
+    for folder in ("tiny-gpt2", *KINDS):
+        shutil.rmtree(Path(".demo", folder), ignore_errors=True)
 
-    say(f"python scripts/make_tiny_gpt2.py {BASE}")
-    run("scripts/make_tiny_gpt2.py", str(BASE))
-    for kind in ("lora", "qlora"):
-        lora("train", f"configs/demo-{kind}.yaml")
-        lora("eval", f".demo/{kind}", "--generate")
+    run("python scripts/make_tiny_gpt2.py .demo/tiny-gpt2")
+    for kind in KINDS:
+        run(f"lora train configs/demo-{kind}.yaml")
+        run(f"lora eval .demo/{kind} --generate")
 
-    print(f"\nAll of it took {time.monotonic() - start:.0f} s.")
+    show_answers()
+    print(f"\n  {time.monotonic() - start:.0f} s in all")
+
+
+def run(command: str) -> None:
+    """Run a command of this environment as a user would type it; end with its exit code if it fails."""
+    print(f"\n$ {command}\n", flush=True)
+    program, *arguments = command.split()
+    arguments = arguments if program == "python" else ["-m", "lora_cli", *arguments]
+    code = subprocess.run([sys.executable, *arguments], env={**os.environ, **THREADS}, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def show_answers() -> None:
+    """What the base and both adapters answered, side by side, and how often they were right."""
+    import pyarrow.parquet as parquet
+
+    heldout = [json.loads(line)["messages"] for line in Path("scripts/demo/heldout.jsonl").read_text().splitlines()]
+    tables = [parquet.read_table(f".demo/{kind}/eval/validation/rows.parquet").to_pydict() for kind in KINDS]
+    answers = list(zip(tables[0]["base_answer"], *(table["adapter_answer"] for table in tables), strict=True))
+
+    print("\n  {:<48}  {:<10}  {:<10}".format("held-out: asked, and the base's answer", "lora", "qlora"))
+    for (question, _), (base, lora, qlora) in list(zip(heldout, answers, strict=True))[:SHOWN]:
+        print(f"\n  {question['content']:<48}  {lora:<10}  {qlora:<10}\n    {base}")
+    right = [
+        sum(
+            answer[column].strip() == expected["content"]
+            for answer, (_, expected) in zip(answers, heldout, strict=True)
+        )
+        for column in range(1 + len(KINDS))
+    ]
+    print(f"\n  right, of {len(heldout)}: base {right[0]}, lora {right[1]}, qlora {right[2]}")
 
 
 if __name__ == "__main__":

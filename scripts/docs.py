@@ -80,7 +80,8 @@ def kind(field: dict[str, Any]) -> str:
         return f"`{shown(field['const'])}`"
     if field.get("type") == "array":
         return f"list of {kind(field['items'])}"
-    return {"object": "mapping", "null": "null"}.get(field.get("type", ""), field.get("type", "any"))
+    name: str = field.get("type", "any")
+    return "mapping" if name == "object" else name
 
 
 def shown(value: Any) -> str:

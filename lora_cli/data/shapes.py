@@ -111,7 +111,7 @@ class ConversationMarker:
 
     def _derive(self, conversation: Conversation) -> tuple[Shape, ...]:
         stand_ins = [
-            message if message["content"] is None else {**message, "content": f"zqSlot{index}qz"}
+            message if _is_blank(message) else {**message, "content": f"zqSlot{index}qz"}
             for index, message in enumerate(conversation.messages)
         ]
         try:
@@ -176,13 +176,18 @@ def _shape(rendering: Rendering) -> Shape:
 
 
 def _key(conversation: Conversation) -> str:
-    """Everything about a conversation but its contents."""
+    """Everything about a conversation but its contents; blank ones count, as templates leave out what is empty."""
     parts: list[object] = [conversation.tools]
     for index, message in enumerate(conversation.messages):
-        parts.append((message["role"], index in conversation.trained, message["content"] is None))
+        blank = message["content"] if _is_blank(message) else True
+        parts.append((message["role"], index in conversation.trained, blank))
         if message.keys() - PLAIN_KEYS:
             parts.append({key: value for key, value in message.items() if key not in PLAIN_KEYS})
     return json.dumps(parts, default=str)
+
+
+def _is_blank(message: Message) -> bool:
+    return not (message["content"] or "").strip()
 
 
 def _trimmings(content: str) -> tuple[str, ...]:

@@ -202,7 +202,14 @@ class ChatTemplate:
         replaced = self.render([*messages[:-1], {**messages[-1], "content": _STAND_IN}], tools)
         before, found, after = replaced.partition(_STAND_IN)
         stop = len(text) - len(after)
-        if not found or _STAND_IN in after or not len(before) <= stop:
+        if not found or _STAND_IN in after:
+            return None
+        if not content.strip():
+            # Templates leave out the line that an empty content would stand on.
+            bare = before.rstrip()
+            empty = text.startswith(bare) and text[len(bare) :].strip() == after.strip()
+            return (len(bare), len(bare)) if empty else None
+        if not len(before) <= stop:
             return None
         if text[: len(before)] != before or text[stop:] != after or text[len(before) : stop].strip() != content.strip():
             return None

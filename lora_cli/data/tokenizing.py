@@ -1,20 +1,14 @@
-"""All rows of a source to examples, with the account of every row.
+"""Rows to examples: rendered one by one, tokenized together.
 
-Rows go through in chunks: rendered one by one, tokenized together. Memory is bounded by a chunk, whatever the
-size of the source. Knows the whole way of a row; knows nothing about several sources, splits or caches.
+Knows the whole way of a row; knows nothing about sources, processes or caches.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from lora_cli.data.account import Tally
 from lora_cli.data.controls import Controls
 from lora_cli.data.encoding import Encoder
 from lora_cli.data.examples import Example
@@ -23,17 +17,14 @@ from lora_cli.data.formats import Completion, Content, Conversation, Message, Ro
 from lora_cli.data.marked import MarkedText
 from lora_cli.data.plain import PlainLayout
 from lora_cli.data.shapes import ConversationMarker
-from lora_cli.data.store import ArrayStore
 from lora_cli.data.template import ChatTemplate
 from lora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress = Callable[[str, int, int | None], None]
-"""(what, rows done, rows in all where known)"""
-
-CHUNK_ROWS = 1000
+PlacedRow = tuple[int, str, Row]
+"""A row with its number and its place."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ class RowTokenizer:
         """What was found out about the chat template so far."""
         return dict(self._template.notes) if self._template else {}
 
-    def prepare(self, rows: Iterable[tuple[int, str, Row]], reader: RowReader) -> list[PreparedRow]:
+    def prepare(self, rows: Iterable[PlacedRow], reader: RowReader) -> list[PreparedRow]:
         """The examples of some rows, given with number and place.
 
         Raises:
@@ -177,70 +168,6 @@ class RowTokenizer:
         return Prepared(example, marked, length, dropped)
 
 
-def tokenize_rows(
-    rows: Iterable[tuple[int, str, Row]],
-    reader: RowReader,
-    tokenizer: RowTokenizer,
-    store: ArrayStore,
-    *,
-    stop_token_ids: frozenset[int],
-    progress: Callable[[int], None],
-) -> Tally:
-    """Tokenize a source into a store."""
-    tally = Tally()
-    for chunk in _chunks(rows):
-        prepared = tokenizer.prepare(chunk, reader)
-        kept: list[tuple[int, Example]] = []
-        truncated: list[int] = []
-        for row in prepared:
-            for one in _count(tally, row, stop_token_ids):
-                if one.truncated:
-                    truncated.append(tally.examples)
-                tally.examples += 1
-                kept.append((row.number, one.example))
-        _append(store, kept, truncated)
-        progress(tally.rows)
-    tally.notes = tokenizer.notes
-    return tally
-
-
-def _count(tally: Tally, row: PreparedRow, stop_token_ids: frozenset[int]) -> Iterator[Prepared]:
-    """The row's examples that are used, after the tally has counted the row."""
-    tally.rows += 1
-    tally.longest_seen = max([tally.longest_seen, *(one.length_seen for one in row.examples)])
-    if row.dropped is not None:
-        tally.dropped.setdefault(row.dropped, []).append(row.number)
-        return
-    tally.used += 1
-    if row.spells_controls:
-        tally.spelled_controls.append(row.number)
-    used = [one for one in row.examples if one.dropped is None]
-    tally.lost_turns += len(row.examples) - len(used)
-    tally.truncated += any(one.truncated for one in used)
-    for one in used:
-        if not one.truncated:
-            tally.whole += 1
-            last_trained = one.example.input_ids[np.flatnonzero(one.example.trained)[-1]]
-            tally.stopping += int(last_trained) in stop_token_ids
-        yield one
-
-
-def _append(store: ArrayStore, kept: list[tuple[int, Example]], truncated: list[int]) -> None:
-    if not kept:
-        return
-    hashes = [hashlib.blake2b(example.input_ids.tobytes(), digest_size=8).digest() for _, example in kept]
-    store.append(
-        {
-            "input_ids": np.concatenate([example.input_ids for _, example in kept]),
-            "trained": np.concatenate([example.trained for _, example in kept]),
-            "lengths": np.array([len(example.input_ids) for _, example in kept]),
-            "rows": np.array([number for number, _ in kept]),
-            "hashes": np.frombuffer(b"".join(hashes), dtype="<u8"),
-            "truncated": np.array(truncated, dtype=np.int64),
-        }
-    )
-
-
 def _as_conversation(content: Conversation | Completion) -> Conversation:
     """Instruction and prompt-completion rows as one turn each; an input follows the instruction."""
     if isinstance(content, Conversation):
@@ -253,8 +180,3 @@ def _as_conversation(content: Conversation | Completion) -> Conversation:
 def _placed(place: str, error: DataError) -> DataError:
     return DataError(f"{place}: {error.message}", remedy=error.remedy)
 
-
-def _chunks(rows: Iterable[tuple[int, str, Row]]) -> Iterator[list[tuple[int, str, Row]]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK_ROWS)):
-        yield chunk

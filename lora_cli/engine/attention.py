@@ -27,7 +27,15 @@ NAME = "lora_documents"
 # What models hand to any attention and what a causal attention by document doesn't need.
 _IRRELEVANT = frozenset(
     {"position_ids", "cu_seq_lens_k", "max_length_k", "use_cache", "output_attentions", "output_hidden_states"}
-    | {"cache_position", "num_items_in_batch", "position_embeddings", "return_dict", "output_router_logits", "labels", "logits_to_keep"}
+    | {
+        "cache_position",
+        "num_items_in_batch",
+        "position_embeddings",
+        "return_dict",
+        "output_router_logits",
+        "labels",
+        "logits_to_keep",
+    }
 )
 
 

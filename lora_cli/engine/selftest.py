@@ -169,9 +169,8 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, and its gradient as one vector."""
     total = computation.loss_sum(model, batch)
-    grads = torch.autograd.grad(total, trained, allow_unused=True)
-    flat = [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(trained, grads, strict=True)]
-    return total.detach(), torch.cat(flat)
+    grads = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
+    return total.detach(), torch.cat([grad.flatten() for grad in grads])
 
 
 def _logits(model: PreTrainedModel, computation: Computation, documents: list[np.ndarray]) -> Tensor:

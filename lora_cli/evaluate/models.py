@@ -143,7 +143,7 @@ def _check_same_base(target: Target) -> None:
     folder = Path(target.config.model.name_or_path).expanduser()
     if target.run is None or not target.run.environment_file.is_file() or not folder.is_dir():
         return
-    noted = json.loads(target.run.environment_file.read_text(encoding="utf-8")).get("base_fingerprint")
+    noted = json.loads(target.run.environment_file.read_text(encoding="utf-8"))["fingerprints"]["base"]
     if noted is not None and noted != weights_fingerprint(folder):
         raise ModelError(
             f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",

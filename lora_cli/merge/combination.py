@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,8 +19,9 @@ from peft import PeftModel
 from torch import nn
 
 from lora_cli.errors import ModelError, UserError
-from lora_cli.merge.adapter import lay_over, read_adapter
-from lora_cli.merge.result import Method
+from lora_cli.merge.placing import WEIGHTS, lay_over, read_adapter
+from lora_cli.merge.result import CombinedAdapter, Method
+from lora_cli.merge.staging import check_free, commit, copy_tokenizer, staged
 from lora_cli.merge.target import Target, find_target
 from lora_cli.model.architecture import build_on_meta, read_architecture
 
@@ -72,15 +73,47 @@ def combine(parts: Sequence[Weighted], method: Method, density: float | None, fo
         raise UserError(f"--method {method} needs --density, the share of values to keep, such as 0.5")
     first = parts[0].target
     architecture = read_architecture(first.model)
+    copied: set[str] = set()
     for part in parts:
         _check_plain(part.target)
-        lay_over(build_on_meta(architecture, trust_remote_code=first.model.trust_remote_code), part.target.adapter)
-    _write(parts, architecture, method, density, folder)
-    return replace(first, adapter=folder)
+        on_meta = build_on_meta(architecture, trust_remote_code=first.model.trust_remote_code)
+        copied |= lay_over(on_meta, part.target.adapter).copies.keys()
+    _write(parts, architecture, copied, method, density, folder)
+    return replace(first, adapter=folder, combination=describe(parts, method))
+
+
+def combine_adapters(
+    targets: Sequence[str], output: Path, *, method: Method = "cat", density: float | None = None
+) -> CombinedAdapter:
+    """Several adapters, each as TARGET or TARGET:WEIGHT, as one adapter in `output`.
+
+    Raises:
+        UserError: adapters that have no combination, or an output that can't be written.
+    """
+    check_free(output)
+    parts = find_weighted(targets)
+    size = sum((part.target.adapter / WEIGHTS).stat().st_size for part in parts)
+    with staged(output, size) as folder:
+        combine(parts, method, density, folder)
+        copy_tokenizer(parts[0].target.tokenizer, folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, which names local paths
+        config, _ = read_adapter(folder)
+        commit(folder, output)
+    return CombinedAdapter(str(output), describe(parts, method), config.r)
+
+
+def describe(parts: Sequence[Weighted], method: Method) -> str:
+    """`cat of docs x 0.7, chat x 0.3`"""
+    return f"{method} of " + ", ".join(f"{part.target.name} x {part.weight:g}" for part in parts)
 
 
 def _write(
-    parts: Sequence[Weighted], architecture: PretrainedConfig, method: Method, density: float | None, folder: Path
+    parts: Sequence[Weighted],
+    architecture: PretrainedConfig,
+    copied: Set[str],
+    method: Method,
+    density: float | None,
+    folder: Path,
 ) -> None:
     model: Any = None
     names = [f"part{number}" for number in range(len(parts))]
@@ -90,7 +123,7 @@ def _write(
             path = str(part.target.adapter)
             if model is None:
                 base = build_on_meta(architecture, trust_remote_code=part.target.model.trust_remote_code)
-                model = PeftModel.from_pretrained(_weightless(base), path, adapter_name=name)
+                model = PeftModel.from_pretrained(_weightless(base, copied), path, adapter_name=name)
             else:
                 model.load_adapter(path, adapter_name=name)
             # The combination takes its settings from the first part, and PEFT has put its scaling into the weights.
@@ -113,12 +146,17 @@ def _write(
     (folder / "combination").rmdir()
 
 
-def _weightless(base: Any) -> Any:
-    """Parameters of the right shapes on the CPU, one number of memory each: PEFT asks only for device and shape."""
-    for module in base.modules():
+def _weightless(base: Any, copied: Set[str]) -> Any:
+    """Parameters of the right shapes on the CPU, one number of memory each: PEFT asks only for device and shape.
+
+    `copied` ones have room for the copies that were saved beside an adapter, which PEFT loads.
+    """
+    for path, module in base.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 stand_in = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                if f"{path}.{name}" in copied:
+                    stand_in = stand_in.contiguous()
                 module._parameters[name] = nn.Parameter(stand_in, requires_grad=False)
     return base
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_cli.errors import ModelError, UserError
-from lora_cli.merge.adapter import AdaptedModel, lay_over
+from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base, open_base
 from lora_cli.merge.card import merged_card
 from lora_cli.merge.choice import choose_base
 from lora_cli.merge.combination import combine, find_weighted
+from lora_cli.merge.placing import lay_over
 from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Method, Verification
 from lora_cli.merge.rows import rows_for
 from lora_cli.merge.staging import accompany, check_free, commit, set_aside, staged
@@ -85,7 +86,8 @@ def _merge(
 ) -> MergeReport:
     source = _open(target)
     adapted = lay_over(source.model, target.adapter)
-    warnings = [*adapted.idle(), *_check_copies(source, adapted)]
+    _check_copies(source, adapted)
+    warnings = adapted.idle()
     for text in warnings:
         emit(Warned(text))
     stage = None
@@ -98,7 +100,8 @@ def _merge(
         began = time.monotonic()
         written = write_merged(work, source, adapted, folder, max_shard_bytes=limit, emit=emit)
         _check_coverage(adapted, written)
-        accompany(folder, source.folder, target.adapter, unties=work.unties, dtype=wanted and dtype_name(wanted))
+        named = None if wanted is None else dtype_name(wanted)
+        accompany(folder, source.folder, target.tokenizer, unties=work.unties, dtype=named)
         seconds, peak = time.monotonic() - began, _peak_memory_bytes()
         reference = trained if chosen.base == "quantized" else None
         del trained
@@ -107,7 +110,7 @@ def _merge(
             check = _verify(stage, work, adapted, folder, reference)
         report = _report(output, work, written, chosen, check, seconds, peak, tuple(warnings))
         report = replace(report, warnings=report.warnings + tuple(_doubts(report, emit)))
-        write_text(folder / "README.md", merged_card(target, report, _settings(adapted)))
+        write_text(folder / "README.md", merged_card(target, report, _settings(target, adapted)))
         if report.problem is None:
             commit(folder, output)
             return report
@@ -128,7 +131,7 @@ def _verify(stage: Stage, work: Work, adapted: AdaptedModel, folder: Path, refer
     return verify(stage, work, merged, work.rounded(stage.base, adapted), reference)
 
 
-def _check_copies(base: Base, adapted: AdaptedModel) -> list[str]:
+def _check_copies(base: Base, adapted: AdaptedModel) -> None:
     """Compare copies of the base's weights that PEFT saved beside the adapter with the base itself.
 
     Raises:
@@ -143,7 +146,6 @@ def _check_copies(base: Base, adapted: AdaptedModel) -> list[str]:
                 f"{name} differs between {base.folder.absolute()} and the copy that was saved with the adapter",
                 remedy="This is not the base that the adapter was trained on.",
             )
-    return []
 
 
 def _check_coverage(adapted: AdaptedModel, written: Written) -> None:
@@ -209,10 +211,11 @@ def _doubts(report: MergeReport, emit: Emit) -> list[str]:
     return found
 
 
-def _settings(adapted: AdaptedModel) -> str:
+def _settings(target: Target, adapted: AdaptedModel) -> str:
     config = adapted.config
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    return f"{kind}, r {config.r}, alpha {config.lora_alpha}, {len(adapted.units)} modules"
+    made = f"{target.combination}; " if target.combination else ""
+    return f"{made}{kind}, r {config.r}, alpha {config.lora_alpha}, {len(adapted.units)} modules"
 
 
 def _parse_size(text: str) -> int:

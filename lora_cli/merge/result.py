@@ -57,6 +57,19 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class CombinedAdapter:
+    """Several adapters as one."""
+
+    output: str
+    combination: str
+    """Method, parts and weights, in words."""
+    rank: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What `lora merge` did."""
 

@@ -97,13 +97,19 @@ def accompany(stage: Path, base: Path, adapter: Path, *, unties: bool, dtype: st
     for file in sorted(base.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith((".", "README")):
             shutil.copyfile(file, stage / file.name)
-    if (adapter / "tokenizer_config.json").is_file():
-        for name in _TOKENIZER:
-            (stage / name).unlink(missing_ok=True)
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, stage / name)
+    copy_tokenizer(adapter, stage)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     write_json(stage / "config.json", _adjusted(config, unties=unties, dtype=dtype))
+
+
+def copy_tokenizer(source: Path, stage: Path) -> None:
+    """The tokenizer in `source`, if there is one, in place of any other."""
+    if not (source / "tokenizer_config.json").is_file():
+        return
+    for name in _TOKENIZER:
+        (stage / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, stage / name)
 
 
 def _adjusted(config: dict[str, Any], *, unties: bool, dtype: str | None) -> dict[str, Any]:

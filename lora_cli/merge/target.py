@@ -27,6 +27,10 @@ class Target:
     config: Config | None
     """The run's, where the adapter is a run's."""
     run: RunFolder | None
+    tokenizer: Path
+    """Where the tokenizer that was trained with lies, if anywhere."""
+    combination: str | None = None
+    """In words, where the adapter is made of several."""
 
     @property
     def name(self) -> str:
@@ -76,7 +80,7 @@ def _of_run(run: RunFolder) -> Target:
             remedy=f"Continue it with: lora train {run.config_file} --resume",
         )
     check_adapter_folder(run.adapter_dir)
-    return Target(run.adapter_dir, config.model, config, run)
+    return Target(run.adapter_dir, config.model, config, run, run.adapter_dir)
 
 
 def _of_adapter(path: Path) -> Target:
@@ -88,7 +92,7 @@ def _of_adapter(path: Path) -> Target:
             f"{(path / _ADAPTER_CONFIG).absolute()} names no base model",
             remedy="Write the base's folder or hub id to base_model_name_or_path.",
         )
-    return Target(path, ModelConfig(name_or_path=name, revision=settings.get("revision")), None, None)
+    return Target(path, ModelConfig(name_or_path=name, revision=settings.get("revision")), None, None, path)
 
 
 def base_folder(model: ModelConfig) -> Path:

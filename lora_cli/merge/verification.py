@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_cli.merge.adapter import AdaptedModel, lay_over
+from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
 from lora_cli.merge.forward import Weights, adapted_logits, plain_logits, skeleton
 from lora_cli.merge.layout import Group
+from lora_cli.merge.placing import lay_over
 from lora_cli.merge.result import Distance, Verification
 from lora_cli.merge.rows import Rows
 from lora_cli.merge.streaming import Merger
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 FACTOR = 4.0
 _SUMMATION = 1e-5
-"""Of the largest logit: what another order of summation may do in float32."""
+"""Relative: what another order of summation may do in float32."""
 _CHUNK = 64
 """Positions compared at a time."""
 
@@ -127,8 +128,8 @@ def verify(
     noise = stage.adapter_logits(as_quantized=work.as_quantized, noise=written)
     by_rounding = distance(reference, noise)
     del noise
-    summation = _SUMMATION * float(reference.abs().max())
-    tolerance, mean_tolerance = (FACTOR * moved + summation for moved in (by_rounding.largest, by_rounding.mean))
+    tolerance = FACTOR * by_rounding.largest + _SUMMATION * float(reference.abs().max())
+    mean_tolerance = FACTOR * by_rounding.mean + _SUMMATION * float(reference.abs().mean())
     found = stage.merged_logits(merged)
     apart = distance(reference, found)
     loss_adapter, loss_merged = stage.loss(reference), stage.loss(found)

@@ -178,7 +178,7 @@ def unreached_by_all_linear(base: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _routers(base: PreTrainedModel) -> list[str]:
-    """Names of routers that are made as linear layers, in Llama 4 and PhiMoE: they give tuples, which LoRA can't wrap."""
+    """Names of routers made as linear layers, in Llama 4 and PhiMoE: they give tuples, which LoRA can't wrap."""
     return [name for name, module in base.named_modules() if type(module).__name__.endswith("Router")]
 
 

@@ -8,7 +8,7 @@ from lora_cli.report import numbers
 from lora_cli.report.layout import labelled, page_width, short_path, warning
 
 if TYPE_CHECKING:
-    from lora_cli.merge import MergeReport
+    from lora_cli.merge import CombinedAdapter, MergeReport
 
 
 def render_merge(report: MergeReport, width: int | None = None) -> str:
@@ -23,6 +23,13 @@ def render_merge(report: MergeReport, width: int | None = None) -> str:
     lines = [line for label, text in rows for line in labelled(label, text, width)]
     warnings = [line for text in report.warnings for line in warning(text, width)]
     return "\n".join([*lines, "", *warnings] if warnings else lines)
+
+
+def render_combination(result: CombinedAdapter, width: int | None = None) -> str:
+    """What `merge --as-adapter` shows at the end."""
+    width = width or page_width()
+    rows = [("adapter", f"{short_path(result.output)}, rank {result.rank}"), ("made of", result.combination)]
+    return "\n".join(line for label, text in rows for line in labelled(label, text, width))
 
 
 def _merged(report: MergeReport) -> str:

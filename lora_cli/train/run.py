@@ -5,6 +5,7 @@ config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Lo
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_cli.engine.planning import Prepared, check_against_plan, prepare
 from lora_cli.engine.step import Learner
 from lora_cli.engine.world import World, join_world
 from lora_cli.errors import RunFolderError
+from lora_cli.model.fingerprint import weights_fingerprint
 from lora_cli.report.events import Emit, Finished, Planned, Summary, Warned, Working, ignore
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.environment import describe_environment
@@ -60,6 +62,7 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
     emit = emit if world.is_main else ignore
     if resume:
         config = _as_before(folder, config)
+        _refuse_other_base(folder, config)
     prepared = prepare(config, world.device, processes=world.size, emit=emit)
     finished = read_summary(folder) if resume else None
     if finished is not None and (finished.stopped or finished.steps >= prepared.plan.steps.total):
@@ -190,6 +193,28 @@ def _write_origin(folder: RunFolder, prepared: Prepared) -> None:
     write_json(folder.environment_file, _environment(prepared))
 
 
+def _base_fingerprint(config: Config) -> str | None:
+    """Of the base's weights where they lie in a folder; a model of the hub is told by its revision."""
+    folder = Path(config.model.name_or_path).expanduser()
+    return weights_fingerprint(folder) if folder.is_dir() else None
+
+
+def _refuse_other_base(folder: RunFolder, config: Config) -> None:
+    """Refuse to go on when the base's weights are not those that the run was started on.
+
+    Raises:
+        RunFolderError: they have changed.
+    """
+    if not folder.environment_file.is_file():
+        return
+    noted = json.loads(folder.environment_file.read_text(encoding="utf-8"))["fingerprints"]["base"]
+    if noted is not None and noted != _base_fingerprint(config):
+        raise RunFolderError(
+            f"{config.model.name_or_path} isn't the base that {folder.path} was started on: its weights have changed",
+            remedy="Put the same weights back in their place, or start anew with --output-dir.",
+        )
+
+
 def _environment(prepared: Prepared) -> dict[str, Any]:
     return {
         **describe_environment(),
@@ -198,6 +223,7 @@ def _environment(prepared: Prepared) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "engine": asdict(prepared.plan.engine),
         "fingerprints": {
+            "base": _base_fingerprint(prepared.config),
             "train": prepared.train.fingerprint,
             "validation": None if prepared.validation is None else prepared.validation.fingerprint,
             "tokenizer": tokenizer_fingerprint(prepared.tokenizer),

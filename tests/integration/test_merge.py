@@ -129,3 +129,18 @@ def test_a_run_whose_validation_rows_are_gone_is_verified_on_other_text(
     assert report.verified
     assert report.verification is not None
     assert report.verification.rows == "a built-in text"
+
+
+def test_the_screen_fits_a_narrow_terminal(
+    trained: Callable[..., Run],
+    lora: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained(*NF4)
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, err = lora("merge", f"{run.folder}:0.5", "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert all(len(line) <= 60 or "/" in line for line in out.splitlines())
+    for label in ("merged", "base", "checked", "control", "verdict"):
+        assert f"\n  {label} " in f"\n{out}"

@@ -161,7 +161,7 @@ def test_environment_says_where_the_run_was_made(trained, rows):
     assert environment["packages"].keys() >= {"torch", "transformers", "peft", "bitsandbytes"}
     assert environment["device"] == "cpu" and environment["threads"] == 1
     assert "git" in environment
-    assert all(environment["fingerprints"][name] for name in ("train", "validation", "tokenizer"))
+    assert all(environment["fingerprints"][name] for name in ("base", "train", "validation", "tokenizer"))
     assert str(Path.home()) not in json.dumps(environment)
 
 

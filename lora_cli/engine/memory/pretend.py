@@ -68,7 +68,7 @@ class _Pretend(TorchFunctionMode):
         super().__init__()
         self._device = target.device
         self._target = target
-        self._composites = _COMPOSITES if target.kind == "cuda" else {}
+        self._composites = _COMPOSITES[target.kind]
         self._weight_casts: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -135,6 +135,20 @@ def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[st
     ]
 
 
+def _attention_on_cpu(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """On a CPU: its own flash kernel, else written out; `aten/src/ATen/native/transformers/sdp_utils_cpp.cpp`."""
+    query, key, value, mask, dropout, causal, scale, grouped = _attention_arguments(*args, **kwargs)
+    if dropout or query.shape[-1] != value.shape[-1]:
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
+        )[0]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout, causal, attn_mask=mask, scale=scale
+    )[0]
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, scale: float | None) -> Tensor:
     """Head sizes are padded to a multiple of 8."""
     size = query.shape[-1]
@@ -181,7 +195,7 @@ def _dropout_arguments(input: Tensor, p: float = 0.5, training: bool = True, inp
     return input, p, training, inplace
 
 
-_COMPOSITES: dict[Any, Callable[..., Any]] = {
+_ON_CUDA: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.softmax: _softmax,
     F.log_softmax: _softmax,
@@ -192,3 +206,4 @@ _COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
     torch.dropout: _dropout,
 }
+_COMPOSITES = {"cuda": _ON_CUDA, "cpu": {F.scaled_dot_product_attention: _attention_on_cpu}}

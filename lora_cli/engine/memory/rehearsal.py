@@ -110,14 +110,15 @@ def _rehearse(
         with torch.device("meta"):
             model = attach(base, config, computation)
         label_weights(model, tracer)
-        learner = _learner(model, config, computation, target, tracer)
-        _take_steps(learner, target, shape, tracer)
+        learner = learner_of(model, config, computation, target, tracer)
+        take_steps(learner, target, shape, tracer)
     return tracer.trace
 
 
-def _learner(
+def learner_of(
     model: PreTrainedModel | PeftModel, config: Config, computation: Computation, target: Target, tracer: Tracer
 ) -> Learner:
+    """What `train` would step with, watched by the tracer."""
     parameters = trainable_parameters(model)
     tracer.watch_layers(model)
     tracer.watch_gradients(parameters.values())
@@ -135,7 +136,8 @@ def _learner(
     )
 
 
-def _take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: Tracer) -> None:
+def take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: Tracer) -> None:
+    """Two optimizer steps; in the first the optimizer's state is born."""
     world = World(0, 1, target.device, state=None)
     workspace = workspace_bytes(target)
     tracer.keep_workspace(workspace)

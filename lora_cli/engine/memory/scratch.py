@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_cli.engine.target import Target
 
@@ -33,7 +34,7 @@ class Scratch:
 
     def __init__(self, target: Target) -> None:
         self._rules: dict[Any, Sizes] = _CUDA if target.kind == "cuda" else {}
-        self.parts = _PARTS
+        self.parts = {**_PARTS, **_PARTS_ON_CUDA} if target.kind == "cuda" else _PARTS
         """Operators to be recorded as what they consist of."""
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> list[int]:
@@ -64,8 +65,21 @@ _CUDA: dict[Any, Sizes] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
 }
 
-_PARTS: dict[Any, Callable[..., Any]] = {}
-"""Operators whose CUDA kernel is itself a sequence of operators."""
+
+def _grouped_mm(
+    left: Tensor, right: Tensor, offsets: Tensor | None = None, bias: Tensor | None = None, dtype: Any = None
+) -> Tensor:
+    """Experts' products; its `meta` kernel knows bfloat16 alone."""
+    if dtype is None and left.dtype != torch.bfloat16:
+        groups = () if offsets is None or 3 in (left.dim(), right.dim()) else (offsets.shape[0],)
+        return left.new_empty((*groups, *left.shape[:-1], right.shape[-1]))
+    out: Tensor = aten._grouped_mm(left, right, offsets, bias, dtype)
+    return out
+
+
+_PARTS: dict[Any, Callable[..., Any]] = {aten._grouped_mm.default: _grouped_mm}
+_PARTS_ON_CUDA: dict[Any, Callable[..., Any]] = {}
+"""Operators whose kernel is itself a sequence of operators."""
 
 
 def register_bitsandbytes() -> None:
@@ -76,4 +90,4 @@ def register_bitsandbytes() -> None:
     import bitsandbytes  # noqa: F401
     from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
-    _PARTS[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit_default_impl
+    _PARTS_ON_CUDA[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit_default_impl

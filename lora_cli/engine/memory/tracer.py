@@ -40,9 +40,7 @@ class Tracer(TorchDispatchMode):
             restart (`find_packed_sequence_indices`): true of a row that holds one document.
     """
 
-    def __init__(
-        self, device_type: str, target: Target, vocabulary: int | None = None, *, truth: bool = False
-    ) -> None:
+    def __init__(self, device_type: str, target: Target, vocabulary: int | None = None, *, truth: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.phase = "load"
@@ -54,6 +52,7 @@ class Tracer(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._truth = truth
         self._aside = False
+        self._within = False
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
         self._sum: _Sum | None = None
@@ -88,8 +87,8 @@ class Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._truth if args[0].dtype == torch.bool else self._number
-        parts = self._scratch.parts.get(func)
-        if parts is not None:
+        parts = self._scratch.parts.get(func) if self._device_type == "meta" else None
+        if parts is not None and not self._within:
             return self._record_within(parts, args, kwargs)
         sizes = self._scratch.sizes(func, args)
         result = self._shapes.run(func, args, kwargs) if self._shapes is not None else func(*args, **kwargs)
@@ -106,9 +105,11 @@ class Tracer(TorchDispatchMode):
     def _record_within(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose operators are recorded one by one; PyTorch suspends this mode while it handles an operator."""
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._within = True
         try:
             return call(*args, **kwargs)
         finally:
+            self._within = False
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def take_and_give_back(self, sizes: Iterable[int], operator: str) -> None:
@@ -123,14 +124,15 @@ class Tracer(TorchDispatchMode):
 
     def register(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Storages that were there before, as born now, or the kind of those that are known."""
-        for tensor in tensors:
-            if tensor.device.type in (self._device_type, "cuda"):
-                storage = tensor.untyped_storage()
-                number = self._alive.get(storage._cdata)
-                if number is None:
-                    self._follow(storage, self._birth(storage.nbytes(), kind, ""))
-                else:
-                    self.trace.births[number].kind = kind
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                if tensor.device.type == self._device_type:
+                    storage = tensor.untyped_storage()
+                    number = self._alive.get(storage._cdata)
+                    if number is None:
+                        self._follow(storage, self._birth(storage.nbytes(), kind, ""))
+                    else:
+                        self.trace.births[number].kind = kind
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -181,7 +183,7 @@ class Tracer(TorchDispatchMode):
         return hook
 
     def _see(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
-        if tensor.device.type not in (self._device_type, "cuda"):
+        if tensor.device.type != self._device_type:
             return
         storage = tensor.untyped_storage()
         if storage._cdata in self._alive:

@@ -419,7 +419,7 @@ NEWER = [
           "<|tool_response_start|>", "<|tool_response_end|>"), ("<|im_end|>",), bos="<|startoftext|>",
           call='<|tool_call_start|>[weather(city="Bern")]<|tool_call_end|>'),
     Style("nemotron-nano-2", NEMOTRON_NANO_2, ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>"), ("<SPECIAL_12>",), eos="<SPECIAL_12>",
-          rewrites=True, call='<TOOLCALL>[{"name":"weather","arguments":{"city":"Bern"}}]</TOOLCALL>'),
+          rewrites=True),
     Style("nemotron-3", NEMOTRON_3, _CHATML, ("<|im_end|>",), plain_added=("<think>", "</think>"), call=_XML_TOOL_CALL, thought="hm</think>"),
     Style("granite3", GRANITE_3, _GRANITE, ("<|end_of_text|>",), eos="<|end_of_text|>"),
     Style("granite4", GRANITE_4, _GRANITE, ("<|end_of_text|>",), eos="<|end_of_text|>", call=_JSON_TOOL_CALL),

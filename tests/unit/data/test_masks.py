@@ -125,7 +125,7 @@ def trained_text(example: ExamplePreview, style: Style) -> str:
 contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(style=st.sampled_from(STYLES), data=st.data())
 def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data: st.DataObject) -> None:
     """Unicode, white space, empty and long turns, and text that spells control tokens."""
@@ -144,9 +144,9 @@ def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data
     try:
         got = previews(path, style, max_length=100_000)
     except DataError as error:
-        # These two trim around a content, so where it spells a control token it may not be told from the
+        # These trim or move a content, so where it spells a control token it may not be told from the
         # template.
-        if style.name in ("llama2", "mistral-v3") and "can't be kept as text" in error.message:
+        if (style.moves or style.name == "llama2") and "can't be kept as text" in error.message:
             return
         raise
     wanted = [_squeezed(answer + style.turn_end) for answer in answers]
@@ -267,7 +267,7 @@ TOOL_TURNS = [
 def test_tool_calls_are_trained_and_results_are_not(write_rows: WriteRows, style: Style) -> None:
     path = write_rows({"messages": TOOL_TURNS, "tools": [TOOL]})
     if style.call is None:
-        with pytest.raises(DataError, match=r"train.jsonl:1: (messages\[1\].tool_calls: .* leaves|the chat template refuses)"):
+        with pytest.raises(DataError, match=r"train.jsonl:1: (messages\[1\].*(leaves|can't tell)|the chat template refuses)"):
             previews(path, style)
         return
     got = previews(path, style)
@@ -305,15 +305,11 @@ def test_arguments_given_as_json_are_the_object_they_spell(write_rows: WriteRows
 
 def test_a_template_that_adds_another_turn_is_refused(write_rows: WriteRows) -> None:
     """Command R+ for tools writes a system turn behind every call."""
-    template = BY_NAME["command-r"].template.replace(
-        "{% if add_generation_prompt %}",
-        "{% if messages[-1].role == 'assistant' %}<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Go on.<|END_OF_TURN_TOKEN|>"
-        "{% endif %}{% if add_generation_prompt %}",
-    )
-    turns = [TURNS[0], {**TURNS[1], "tool_calls": [CALL]}]
-    path = write_rows({"messages": turns})
+    style = BY_NAME["granite4"]
+    more = "{{- '<|start_of_role|>system<|end_of_role|>Go on.<|end_of_text|>' if messages[-1].tool_calls else '' }}"
+    path = write_rows({"messages": TOOL_TURNS, "tools": [TOOL]})
     with pytest.raises(DataError, match=r"messages\[1\]: can't tell .* another turn follows them"):
-        previews(path, replace(BY_NAME["command-r"], template=template))
+        previews(path, replace(style, template=style.template + more))
 
 
 def test_the_date_stands_still(write_rows: WriteRows) -> None:

@@ -85,8 +85,6 @@ def engine_steps(
     """A short training run."""
     learner = make_learner(with_adapter(tiny_model(model_type)), computation)
     return [
-        train_step(
-            learner, batches(rows, computation, micro_batch_tokens, world), int(rows.supervised.sum()), world
-        )
+        train_step(learner, batches(rows, computation, micro_batch_tokens, world), int(rows.supervised.sum()), world)
         for rows in steps()
     ]

@@ -62,7 +62,7 @@ def load(folder: Path, quantization: QuantizationConfig | None, dtype: torch.dty
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_before_and_after_an_evaluation_are_bit_equal(way: str, base: Path, world: World) -> None:
-    """On a CPU with AVX512_BF16, bitsandbytes would repack its 4-bit weights in eval mode, and read them wrongly after."""
+    """On a CPU with AVX512_BF16, bitsandbytes would repack its weights in eval mode, and read them wrongly after."""
     quantization, dtype = WAYS[way]
     model = load(base, quantization, dtype)
     rows = examples(LENGTHS)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from lora_cli.config import ModelConfig, QuantizationConfig
-from lora_cli.merge.adapter import lay_over
 from lora_cli.merge.base import open_base
+from lora_cli.merge.placing import lay_over
 from lora_cli.merge.streaming import Written, write_merged
 from lora_cli.merge.work import plan_work
 from lora_cli.model.architecture import read_architecture

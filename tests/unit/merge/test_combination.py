@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_cli.errors import UserError
-from lora_cli.merge import merge
+from lora_cli.merge import combine_adapters, merge
 from tests.unit.merge.tiny import save_adapter, save_base
 
 Settings = dict[str, Any]
@@ -67,6 +67,16 @@ def test_other_methods(tmp_path: Path, base: Path, method: Any) -> None:
     report = merge([str(a), str(b)], tmp_path / "merged", method=method, density=0.5)
     assert report.verified
     assert report.changed == 2
+
+
+def test_a_combination_can_stay_an_adapter(tmp_path: Path, base: Path) -> None:
+    a, b = two(tmp_path, base, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"], "r": 2})
+    result = combine_adapters([f"{a}:0.7", f"{b}:-0.3"], tmp_path / "adapter")
+    assert (result.rank, result.combination) == (6, "cat of adapter1 x 0.7, adapter2 x -0.3")
+    merge([str(tmp_path / "adapter")], tmp_path / "through", verify=False)
+    merge([f"{a}:0.7", f"{b}:-0.3"], tmp_path / "at-once", verify=False)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("through", "at-once"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_what_has_no_combination_is_refused(tmp_path: Path, base: Path) -> None:

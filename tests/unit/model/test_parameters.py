@@ -65,9 +65,7 @@ def test_the_report_adds_up_to_what_pytorch_counts(name: str, model_type: str) -
 
 
 def test_tied_weights_count_once() -> None:
-    tied, apart = (
-        count_parameters(tiny_model("llama", tie_word_embeddings=tie)).total for tie in (True, False)
-    )
+    tied, apart = (count_parameters(tiny_model("llama", tie_word_embeddings=tie)).total for tie in (True, False))
     assert apart - tied == 97 * 32
 
 
@@ -91,5 +89,7 @@ def test_meta_counts_equal_live_ones_for_every_shape() -> None:
     for model_type in ("gpt2", "qwen3", "gemma2", "gpt_oss"):
         live = count_parameters(attach_adapter(tiny_model(model_type), AdapterConfig(r=4), seed=0))
         with torch.device("meta"):
-            planned = attach_adapter(build_on_meta(tiny_config(model_type)).requires_grad_(False), AdapterConfig(r=4), seed=0)
+            planned = attach_adapter(
+                build_on_meta(tiny_config(model_type)).requires_grad_(False), AdapterConfig(r=4), seed=0
+            )
         assert count_parameters(planned) == live

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 from lora_cli.config import ModelConfig, QuantizationConfig
 from lora_cli.errors import ModelError
 from lora_cli.model.architecture import build_on_meta, read_architecture
-from lora_cli.model.weights import check_weight_files, load_base
+from lora_cli.model.weights import check_weight_files, load_base, quantization_reach, refuse_partial
+from tests.unit.engine.tiny import tiny_config
 
 
-def load(folder: Path, attention: str = "sdpa", **settings: Any) -> PreTrainedModel:
+def load(folder: Path, **settings: Any) -> PreTrainedModel:
     model = ModelConfig(name_or_path=str(folder), **settings)
     config = read_architecture(model)
     build_on_meta(config)
-    return load_base(model, config, device=torch.device("cpu"), dtype=torch.float32, attention=attention)
+    return load_base(model, config, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")
 
 
 def test_a_whole_folder_loads_frozen(llama_folder: Path, llama: PreTrainedModel) -> None:
@@ -122,12 +123,11 @@ def test_a_base_quantized_another_way_is_refused_by_name(llama_folder: Path) -> 
         load(llama_folder)
 
 
-def test_quantization_that_reaches_little_is_refused_unless_allowed(tmp_path: Path) -> None:
-    """Fused experts are no linear layers: bitsandbytes leaves them in 32 bits without a word."""
-    from tests.unit.engine.tiny import tiny_model
-
-    tiny_model("gpt_oss").save_pretrained(tmp_path)
+def test_quantization_that_reaches_little_is_refused_unless_allowed() -> None:
+    """Fused experts are no linear layers: bitsandbytes leaves them in full precision without a word."""
+    reach = quantization_reach(build_on_meta(tiny_config("gpt_oss")))
     with pytest.raises(ModelError, match="unquantized") as caught:
-        load(tmp_path, "eager", quantization=QuantizationConfig(type="nf4"))
+        refuse_partial(reach, QuantizationConfig(type="nf4"))
     assert "allow_partial" in str(caught.value.remedy)
-    load(tmp_path, "eager", quantization=QuantizationConfig(type="nf4", allow_partial=True))
+    refuse_partial(reach, QuantizationConfig(type="nf4", allow_partial=True))
+    refuse_partial(quantization_reach(build_on_meta(tiny_config("llama"))), QuantizationConfig(type="nf4"))

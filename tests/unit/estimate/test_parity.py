@@ -1,0 +1,98 @@
+"""The tracer's proof: on `meta` the step lives through the very storages that it lives through on a CPU, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lora_cli.config import Config
+from lora_cli.engine.assembly import attach, leave_out_side_outputs
+from lora_cli.engine.computation import Computation
+from lora_cli.engine.memory.rehearsal import MicroBatches, learner_of, rehearse, take_steps
+from lora_cli.engine.memory.trace import Trace
+from lora_cli.engine.memory.tracer import Tracer
+from lora_cli.engine.target import CPU, Target
+from tests.unit.estimate.models import SPECIALS, make_config, tiny_architecture
+
+EAGER = ("gemma2", "gpt_oss")
+"""Their attention has soft caps or sinks, which SDPA doesn't know."""
+
+SHAPE = MicroBatches((32, 20), per_step=2)
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+def test_meta_agrees_with_the_cpu(name: str, checkpointing: bool) -> None:
+    config = make_config("unread", train={"gradient_checkpointing": checkpointing})
+    _assert_same(tiny_architecture(name), config, _computation(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("loss", ["chunked", "full"])
+def test_meta_agrees_with_the_cpu_in_full_fine_tuning(name: str, loss: Any) -> None:
+    computation = Computation("documents", loss, torch.float32, "sdpa")
+    _assert_same(tiny_architecture(name), make_config("unread", adapter=None), computation)
+
+
+def test_meta_agrees_with_the_cpu_in_bfloat16() -> None:
+    computation = Computation("documents", "chunked", torch.bfloat16, "sdpa")
+    _assert_same(tiny_architecture("llama"), make_config("unread"), computation)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adafactor"])
+def test_meta_agrees_with_the_cpu_for_other_optimizers(optimizer: str) -> None:
+    _assert_same(tiny_architecture("llama"), make_config("unread", train={"optim": optimizer}), _computation("llama"))
+
+
+@pytest.mark.parametrize("name", SPECIALS)
+def test_every_architecture_can_be_traced_for_cuda(name: str) -> None:
+    computation = Computation("documents", "chunked", torch.bfloat16, "eager" if name in EAGER else "sdpa")
+    trace = rehearse(make_config("unread"), tiny_architecture(name), computation, Target("cuda", (8, 0)), SHAPE)
+    assert {birth.kind for birth in trace.births} >= {"adapters", "gradients", "optimizer", "logits and loss"}
+
+
+def _computation(name: str) -> Computation:
+    return Computation("documents", "chunked", torch.float32, "eager" if name in EAGER else "sdpa")
+
+
+def _assert_same(architecture: PretrainedConfig, config: Config, computation: Computation) -> None:
+    real, rehearsed = _on_cpu(architecture, config, computation), rehearse(config, architecture, computation, CPU, SHAPE)
+    assert _steps(real), "nothing was recorded"
+    assert _steps(rehearsed) == _steps(real)
+    assert _peaks(rehearsed) == _peaks(real)
+
+
+def _on_cpu(architecture: PretrainedConfig, config: Config, computation: Computation) -> Trace:
+    """The same two steps on real tensors."""
+    tracer = Tracer("cpu", CPU, architecture.vocab_size)
+    dtype = torch.float32 if config.adapter is None else computation.dtype
+    base = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation=computation.attention)
+    leave_out_side_outputs(base.requires_grad_(False))
+    model = attach(base, config, computation)
+    with tracer:
+        tracer.trace.mark("load")
+        tracer.register(model.parameters(), "weights")
+        tracer.register(model.buffers(), "weights")
+        take_steps(learner_of(model, config, computation, CPU, tracer), CPU, SHAPE, tracer)
+    return tracer.trace
+
+
+def _steps(trace: Trace) -> list[int]:
+    """Sizes in the order of births (positive) and deaths (negative), in the second step."""
+    start = next(position for position, name in trace.marks if name == "step 2")
+    end = next(position for position, name in trace.marks if name == "end")
+    events = trace.events[start:end]
+    return [trace.births[abs(e) - 1].size_bytes * (1 if e > 0 else -1) for e in events]
+
+
+def _peaks(trace: Trace) -> tuple[int, int]:
+    """The most bytes alive at once, and those alive at the end."""
+    end = next(position for position, name in trace.marks if name == "end")
+    alive = peak = 0
+    for event in trace.events[:end]:
+        alive += trace.births[abs(event) - 1].size_bytes * (1 if event > 0 else -1)
+        peak = max(peak, alive)
+    return peak, alive
