@@ -65,6 +65,16 @@ class DataAccount:
     """Tokens of the longest row before truncation."""
     reasons: dict[str, tuple[str, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    longest_place: str | None = None
+    """Where the longest row stands."""
+    truncated_places: tuple[str, ...] = ()
+    """Where the first truncated rows stand."""
+    duplicates: int = 0
+    """Examples that say exactly what an earlier one says."""
+    duplicate_places: tuple[str, ...] = ()
+    """Where the first of them stand."""
+    lengths: tuple[tuple[int, int], ...] = ()
+    """A histogram of the used examples: (most tokens, how many examples), in ascending order."""
 
     @property
     def supervised_percent(self) -> float:

@@ -24,7 +24,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-WORDS = "the rent is due on a day of may when we met at noon and it rained all over town, said she".split()
+WORDS = (
+    "the",
+    "rent",
+    "is",
+    "due",
+    "on",
+    "a",
+    "day",
+    "of",
+    "may",
+    "when",
+    "we",
+    "met",
+    "at",
+    "noon",
+    "and",
+    "it",
+    "rained",
+)
 BATCH = 1000
 
 
@@ -46,7 +64,8 @@ def main() -> None:
     print(f"{arguments.rows:,} rows, {results['lora']['tokens']:,} tokens, {os.cpu_count()} cores")
     for name, result in results.items():
         rate = arguments.rows / result["seconds"]
-        print(f"  {name:<9}{rate:>9,.0f} rows/s  {result['seconds']:>7.1f} s  {result['memory_bytes'] / 2**20:>7.0f} MiB")
+        memory = result["memory_bytes"] / 2**20
+        print(f"  {name:<9}{rate:>9,.0f} rows/s  {result['seconds']:>7.1f} s  {memory:>7.0f} MiB")
     print(f"  again    {results['lora']['again_seconds']:.2f} s from lora's cache")
     print(f"  ratio    {results['datasets']['seconds'] / results['lora']['seconds']:.2f}")
     assert results["lora"]["tokens"] == results["datasets"]["tokens"], "both must tokenize the same text"

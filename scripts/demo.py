@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("lora", "qlora")
-SHOWN = 8
+HELDOUT = Path("scripts/demo/heldout.jsonl")
+SHOWN = 4
 
 # Matrices this small gain nothing from more than two threads, and where other programs want the cores as well,
 # threads that wait by spinning take ten times as long.
@@ -52,24 +53,22 @@ def run(command: str) -> None:
 
 
 def show_answers() -> None:
-    """What the base and both adapters answered, side by side, and how often they were right."""
+    """What the base and both adapters answered, one under the other, and how often they were right."""
     import pyarrow.parquet as parquet
 
-    heldout = [json.loads(line)["messages"] for line in Path("scripts/demo/heldout.jsonl").read_text().splitlines()]
-    tables = [parquet.read_table(f".demo/{kind}/eval/validation/rows.parquet").to_pydict() for kind in KINDS]
-    answers = list(zip(tables[0]["base_answer"], *(table["adapter_answer"] for table in tables), strict=True))
+    tables = {kind: parquet.read_table(f".demo/{kind}/eval/validation/rows.parquet").to_pydict() for kind in KINDS}
+    answers = {"base": tables["lora"]["base_answer"], **{kind: tables[kind]["adapter_answer"] for kind in KINDS}}
+    heldout = [json.loads(line)["messages"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
 
-    print("\n  {:<48}  {:<10}  {:<10}".format("held-out: asked, and the base's answer", "lora", "qlora"))
-    for (question, _), (base, lora, qlora) in list(zip(heldout, answers, strict=True))[:SHOWN]:
-        print(f"\n  {question['content']:<48}  {lora:<10}  {qlora:<10}\n    {base}")
-    right = [
-        sum(
-            answer[column].strip() == expected["content"]
-            for answer, (_, expected) in zip(answers, heldout, strict=True)
-        )
-        for column in range(1 + len(KINDS))
-    ]
-    print(f"\n  right, of {len(heldout)}: base {right[0]}, lora {right[1]}, qlora {right[2]}")
+    for row, (question, _) in enumerate(heldout[:SHOWN]):
+        print(f"\n  {'asked':<8} {question['content']}")
+        for name, given in answers.items():
+            print(f"  {name:<8} {given[row]}")
+
+    print(f"\n  right, of {len(heldout)} held-out dates")
+    for name, given in answers.items():
+        right = sum(text.strip() == answer["content"] for text, (_, answer) in zip(given, heldout, strict=True))
+        print(f"  {name:<8} {right:>3}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_cli.cli.options import AsJson, ConfigFile, Set, answer, load, print_json
+from lora_cli.cli.options import AsJson, ConfigFile, NoCache, Set, answer, load, print_json
 from lora_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,22 +46,35 @@ def init(
     print(f"wrote {path}\n\n  next     lora check {path}\n           lora train {path}")
 
 
-def check(config: ConfigFile, set_: Set = None, as_json: AsJson = False) -> None:
+def check(
+    config: ConfigFile,
+    no_cache: NoCache = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Delete all tokenized data that is kept, of any run.")
+    ] = False,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
     """Everything that can be known before the run.
 
     Validates the config, reads the data, counts tokens and parameters, and makes the plan. Writes nothing.
     """
-    settings = load(config, set_)
+    settings = load(config, set_, no_cache=no_cache)
+    from lora_cli.data.cache import Cache, cache_folder
     from lora_cli.engine.planning import make_plan
     from lora_cli.report.console import Console, show
-    from lora_cli.report.screens import render_check
+    from lora_cli.report.screens import render_cache, render_check
 
+    cache = Cache(cache_folder())
+    cleared = cache.clear() if clear_cache else None
     with Console(quiet_stdout=as_json) as console:
         plan = make_plan(settings, console.emit)
     if as_json:
-        print_json(_plan_as_json(plan))
+        print_json({**_plan_as_json(plan), "cache": asdict(cache.usage())})
     else:
-        show(render_check(plan))
+        kept = cache.usage()
+        deleted = None if cleared is None else cleared.size_bytes
+        show(render_check(plan, cache=render_cache(str(cache.folder), kept.size_bytes, kept.entries, deleted)))
 
 
 def preview(
@@ -79,11 +92,11 @@ def preview(
     from lora_cli.report.console import show
     from lora_cli.report.preview import render_preview
 
-    examples = load_preview(settings, count)
+    found = load_preview(settings, count)
     if as_json:
-        print_json({"examples": [example.as_json() for example in examples]})
+        print_json(found.as_json())
     else:
-        show(render_preview(examples))
+        show(render_preview(found.examples, found.packs, found.micro_batch_tokens))
 
 
 def params(

@@ -23,6 +23,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value, as train.seed=7. May be repeated."),
 ]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenize again, and keep nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
 
 

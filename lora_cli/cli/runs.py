@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lora_cli.cli.options import AsJson, ConfigFile, Set, Target, answer, load, print_json
+from lora_cli.cli.options import AsJson, ConfigFile, NoCache, Set, Target, answer, load, print_json
 
 
 def train(
@@ -16,7 +16,7 @@ def train(
     output_dir: Annotated[
         str | None, typer.Option(metavar="DIR", help="The run folder, instead of the config's.")
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Tokenize again.")] = False,
+    no_cache: NoCache = False,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora_cli.data.examples import Examples
 from lora_cli.errors import DataError
 from lora_cli.plan import DataAccount
 
 _FEW_PERCENT = 1.0
+FEW_PLACES = 20
 
 
 @dataclass
@@ -21,8 +25,11 @@ class Tally:
 
     rows: int = 0
     used: int = 0
-    truncated: int = 0
+    truncated: list[int] = field(default_factory=list)
+    """Rows that lose their end."""
     longest_seen: int = 0
+    longest_row: int = 0
+    """Which row that is."""
     examples: int = 0
     whole: int = 0
     """Examples that kept their end."""
@@ -36,6 +43,18 @@ class Tally:
     """Reason to row numbers."""
     notes: dict[str, str] = field(default_factory=dict)
     """What was found out about the chat template."""
+
+    def add(self, more: Tally) -> None:
+        """Count what was counted elsewhere, of rows that follow these."""
+        if more.longest_seen > self.longest_seen:
+            self.longest_seen, self.longest_row = more.longest_seen, more.longest_row
+        for name in ("rows", "used", "examples", "whole", "stopping", "lost_turns"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.truncated += more.truncated
+        self.spelled_controls += more.spelled_controls
+        for reason, numbers in more.dropped.items():
+            self.dropped.setdefault(reason, []).extend(numbers)
+        self.notes |= more.notes
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,12 @@ class SourceTally:
 
 
 def account_of(
-    sources: Sequence[SourceTally], examples: Examples, *, max_length: int, warnings: Sequence[str] = ()
+    sources: Sequence[SourceTally],
+    examples: Examples,
+    *,
+    max_length: int,
+    duplicates: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> DataAccount:
     """The account of all sources together; tokens are those of an epoch."""
     tallies = [source.tally for source in sources]
@@ -59,19 +83,37 @@ def account_of(
     for source in sources:
         for reason, numbers in source.tally.dropped.items():
             reasons[reason] = reasons.get(reason, ()) + tuple(source.place(number) for number in numbers)
-    tokens, supervised = len(examples.input_ids), int(examples.trained.sum())
+    tokens, supervised = int(examples.offsets[-1]), int(examples.supervised.sum())
+    longest = max(sources, key=lambda source: source.tally.longest_seen)
+    truncated = [source.place(number) for source in sources for number in source.tally.truncated[:FEW_PLACES]]
     return DataAccount(
         rows=sum(tally.rows for tally in tallies),
         used=sum(tally.used for tally in tallies),
-        truncated=sum(tally.truncated for tally in tallies),
+        truncated=sum(len(tally.truncated) for tally in tallies),
         dropped=sum(len(places) for places in reasons.values()),
         num_tokens=tokens,
         num_supervised_tokens=supervised,
         longest=int(examples.lengths.max(initial=0)),
-        longest_seen=max((tally.longest_seen for tally in tallies), default=0),
+        longest_seen=longest.tally.longest_seen,
         reasons=reasons,
-        warnings=(*_warnings(sources, max_length, tokens, supervised), *warnings),
+        warnings=(*_warnings(sources, max_length, tokens, supervised), *_repeated(duplicates), *warnings),
+        longest_place=longest.place(longest.tally.longest_row) if longest.tally.longest_seen else None,
+        truncated_places=tuple(truncated[:FEW_PLACES]),
+        duplicates=len(duplicates),
+        duplicate_places=tuple(duplicates[:FEW_PLACES]),
+        lengths=histogram(examples.lengths),
     )
+
+
+def histogram(lengths: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """(most tokens, how many examples) in bins that double, from the shortest example's to the longest's."""
+    if len(lengths) == 0:
+        return ()
+    exponents = np.ceil(np.log2(np.maximum(lengths, 2))).astype(np.int64)
+    first, last = int(exponents.min()), int(exponents.max())
+    bins = [(2**exponent, int((exponents == exponent).sum())) for exponent in range(first, last + 1)]
+    # The last bin ends where the longest example does.
+    return (*bins[:-1], (int(lengths.max()), bins[-1][1]))
 
 
 def refuse_nothing(name: str, sources: Sequence[SourceTally]) -> None:
@@ -96,7 +138,7 @@ def refuse_nothing(name: str, sources: Sequence[SourceTally]) -> None:
 def _warnings(sources: Sequence[SourceTally], max_length: int, tokens: int, supervised: int) -> list[str]:
     tallies = [source.tally for source in sources]
     found = []
-    truncated, used = sum(tally.truncated for tally in tallies), sum(tally.used for tally in tallies)
+    truncated, used = sum(len(tally.truncated) for tally in tallies), sum(tally.used for tally in tallies)
     if truncated:
         longest = max(tally.longest_seen for tally in tallies)
         lost = f"all {truncated:,} rows lose" if truncated == used else f"{truncated:,} rows lose"
@@ -115,9 +157,20 @@ def _warnings(sources: Sequence[SourceTally], max_length: int, tokens: int, supe
         found.append(f"only {100.0 * supervised / tokens:.2f} % of the tokens are trained")
     spelled = [source.place(number) for source in sources for number in source.tally.spelled_controls]
     if spelled:
-        found.append(f"{len(spelled):,} rows spell control tokens, kept as plain text; the first is {spelled[0]}")
+        what = "1 row spells" if len(spelled) == 1 else f"{len(spelled):,} rows spell"
+        found.append(f"{what} control tokens, kept as plain text; the first is {spelled[0]}")
     notes = {text: None for tally in tallies for text in tally.notes.values()}
     return found + list(notes)
+
+
+def _repeated(duplicates: Sequence[str]) -> list[str]:
+    if not duplicates:
+        return []
+    count = len(duplicates)
+    what = (
+        "1 example is an exact duplicate; it" if count == 1 else f"{count:,} examples are exact duplicates; the first"
+    )
+    return [f"{what} is {duplicates[0]}"]
 
 
 def _round_up(length: int) -> int:

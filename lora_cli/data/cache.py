@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _META = "meta.json"
+_WRITING = ".writing-"
+_DAY_SECONDS = 24 * 60 * 60
 
 
 def cache_folder() -> Path:
@@ -42,8 +45,34 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What the cache takes."""
+
+    entries: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Cache:
     folder: Path
+
+    def usage(self) -> Usage:
+        sizes = [_folder_bytes(place) for place in self._places()]
+        return Usage(len(sizes), sum(sizes))
+
+    def clear(self) -> Usage:
+        """Delete every entry; what was deleted. A run that has an entry mapped keeps what it has mapped."""
+        deleted = self.usage()
+        for place in self._places():
+            shutil.rmtree(place, ignore_errors=True)
+        return deleted
+
+    def _places(self) -> list[Path]:
+        """Every entry, and what a process that was killed left half-written."""
+        try:
+            return [place for place in self.folder.iterdir() if place.is_dir() and not _being_written(place)]
+        except OSError:  # nothing was ever kept
+            return []
 
     def find(self, key: str) -> Entry | None:
         """The entry, or None where there is none or it is damaged."""
@@ -59,7 +88,7 @@ class Cache:
     def begin(self) -> Path:
         """A folder to write a new entry into."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
+        return Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.folder))
 
     def complete(self, written: Path, key: str, content: dict[str, Any]) -> Entry:
         """Put a written entry in its place."""
@@ -81,6 +110,23 @@ class Cache:
         shutil.rmtree(written, ignore_errors=True)
         assert entry is not None
         return entry
+
+
+def _being_written(place: Path) -> bool:
+    try:
+        return place.name.startswith(_WRITING) and time.time() - place.stat().st_mtime < _DAY_SECONDS
+    except OSError:  # it is complete by now
+        return True
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*"):
+        try:
+            total += path.stat().st_size
+        except OSError:  # another process has just deleted it
+            continue
+    return total
 
 
 def key_of(parts: dict[str, Any]) -> str:

@@ -53,9 +53,7 @@ class ChunkTokenizer:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._tokenizer = RowTokenizer(
-            job.tokenizer, job.stop_token_ids, limits=job.limits, everything=job.everything
-        )
+        self._tokenizer = RowTokenizer(job.tokenizer, job.stop_token_ids, limits=job.limits, everything=job.everything)
 
     def tokenize(self, rows: list[PlacedRow]) -> Chunk:
         """The rows' examples.
@@ -96,7 +94,9 @@ def collect(chunks: Iterable[Chunk], store: ArrayStore, progress: Callable[[int]
 def _count(tally: Tally, row: PreparedRow, stop_token_ids: frozenset[int]) -> Iterator[Prepared]:
     """The row's examples that are used, after the tally has counted the row."""
     tally.rows += 1
-    tally.longest_seen = max([tally.longest_seen, *(one.length_seen for one in row.examples)])
+    longest = max((one.length_seen for one in row.examples), default=0)
+    if longest > tally.longest_seen:
+        tally.longest_seen, tally.longest_row = longest, row.number
     if row.dropped is not None:
         tally.dropped.setdefault(row.dropped, []).append(row.number)
         return

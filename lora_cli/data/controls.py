@@ -46,8 +46,8 @@ class Controls:
         """Where the turn whose words end at `position` is closed, and by which token.
 
         Up to the first stop token behind the words and before `limit`, whatever the template writes in front of
-        it: the model has to write that too. Where there is none, the first of the control tokens that follow at once (white space
-        aside); `position` itself where there are none.
+        it: the model has to write that too. Where there is none, the first of the control tokens that follow at
+        once (white space aside); `position` itself where there are none.
         """
         for token in self._one.finditer(text, position, limit):
             if token.group() in self._stops:

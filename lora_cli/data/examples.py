@@ -1,4 +1,4 @@
-"""Tokenized examples, laid end to end.
+"""Tokenized examples.
 
 The values that the rest of the tool trains and scores on. The arrays may be memory-mapped files. Knows
 nothing about where they came from beyond the place of each row.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +29,32 @@ class Example:
     trained: NDArray[np.bool_]
 
 
+class Joined:
+    """Arrays laid end to end without copying them; a slice must lie within one of them."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, piece: slice) -> NDArray[Any]:
+        part = int(np.searchsorted(self._starts, piece.start, side="right")) - 1
+        shift = self._starts[part]
+        return self._parts[part][piece.start - shift : piece.stop - shift]
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized rows laid end to end."""
+    """Tokenized rows."""
 
-    input_ids: NDArray[np.int32]
-    """[sum of lengths]"""
-    trained: NDArray[np.bool_]
-    """[sum of lengths]; True where the token's own prediction counts, which is never an example's first."""
+    input_ids: NDArray[np.int32] | Joined
+    """Tokens of all examples."""
+    trained: NDArray[np.bool_] | Joined
+    """For each of these, whether the token's own prediction counts, which is never so for an example's first."""
     offsets: NDArray[np.int64]
-    """[n + 1]"""
+    """[n + 1], tokens before each example."""
     places: Sequence[str]
     """Where each example's row stands: `train.jsonl:17`."""
     account: DataAccount
@@ -45,24 +62,29 @@ class Examples:
     """A hash of the content."""
     truncated: NDArray[np.int64] = field(default_factory=_no_indices)
     """Indices of the examples that lost their end."""
+    starts: NDArray[np.int64] | None = None
+    """[n], where in the arrays each example begins; None where they are laid end to end."""
+    counts: NDArray[np.int64] | None = None
+    """[n], trained tokens of each example, where they are known."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def supervised(self) -> NDArray[np.int64]:
         """Trained tokens of each example."""
-        if len(self) == 0:
-            return _no_indices()
-        return np.add.reduceat(self.trained, self.offsets[:-1], dtype=np.int64)
+        if self.counts is not None:
+            return self.counts
+        return np.array([self.example(index).trained.sum() for index in range(len(self))], dtype=np.int64)
 
     def example(self, index: int) -> Example:
-        start, stop = self.offsets[index], self.offsets[index + 1]
+        start = self.offsets[index] if self.starts is None else self.starts[index]
+        stop = start + self.lengths[index]
         return Example(self.input_ids[start:stop], self.trained[start:stop])
 
 

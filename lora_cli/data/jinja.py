@@ -50,12 +50,14 @@ class JinjaTemplate:
             # message, and some templates can't do without one.
             if all(message["content"] is not None for message in messages):
                 raise
-        return self._render([{**message, "content": message["content"] or ""} for message in messages], tools, generation)
+        return self._render(
+            [{**message, "content": message["content"] or ""} for message in messages], tools, generation
+        )
 
     def _render(self, messages: Sequence[Message], tools: Tools, generation: bool) -> str:
         import jinja2
 
-        given = list(tools) or None
+        given: list[Any] | None = list(tools) or None
         try:
             return str(
                 self._tokenizer.apply_chat_template(

@@ -6,11 +6,12 @@ Knows how sources, tokenization, cache, mixing and the account fit together, and
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,15 @@ from numpy.typing import NDArray
 from lora_cli.config import DataConfig, Source
 from lora_cli.data.account import SourceTally, Tally, account_of, refuse_nothing
 from lora_cli.data.cache import Cache, Entry, cache_folder, code_version, key_of, tokenizer_fingerprint
-from lora_cli.data.examples import Examples, PickedPlaces, RowPlaces
+from lora_cli.data.chunks import ChunkTokenizer, Job, Progress, collect, in_chunks
+from lora_cli.data.examples import Examples, Joined, PickedPlaces, RowPlaces
 from lora_cli.data.files import File, Row, Rows
 from lora_cli.data.formats import RowReader, find_format
 from lora_cli.data.mixing import drawn, fingerprint, held_out
+from lora_cli.data.parallel import tokenize_in_parallel, workers_for
 from lora_cli.data.sources import open_source
 from lora_cli.data.store import Arrays, ArrayStore
-from lora_cli.data.tokenizing import Limits, Progress, RowTokenizer, tokenize_rows
+from lora_cli.data.tokenizing import Limits
 from lora_cli.errors import DataError
 from lora_cli.plan import DataAccount
 
@@ -109,11 +112,12 @@ def load_examples(
             validation = loader.parts(open_sources(data.validation))
     refuse_nothing("data.train", _tallies(train))
     weights = [one.source.weight for one in train_sources]
-    train_examples = _together(train, data, weights, seed, _duplicates(train, None))
+    train_examples = _together(train, data, weights, seed, _duplicates(train))
     if validation is None:
         return train_examples, None
     refuse_nothing("data.validation", _tallies(validation))
-    return train_examples, _together(validation, data, [None], seed, _duplicates(validation, train))
+    overlap = _also_in(train, validation)
+    return train_examples, _together(validation, data, [None], seed, _duplicates(validation), overlap)
 
 
 def set_chat_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,9 +173,14 @@ class _Loader:
 
     def _part(self, source: OpenSource, wanted: NDArray[np.bool_] | None) -> Part:
         if self._cache is None:
-            store = ArrayStore(None)
-            tally = self._tokenize(source, wanted, store)
-            return Part(source, store.close(), tally, store.fingerprint())
+            # The mapped files outlive their folder, until nobody looks at them any more.
+            with tempfile.TemporaryDirectory(prefix="lora-") as folder:
+                store = ArrayStore(Path(folder))
+                try:
+                    tally = self._tokenize(source, wanted, store)
+                    return Part(source, store.close(), tally, store.fingerprint())
+                finally:
+                    store.discard()
         key = self._key(source, wanted)
         entry = self._cache.find(key)
         if entry is None:
@@ -197,24 +206,25 @@ class _Loader:
 
     def _tokenize(self, source: OpenSource, wanted: NDArray[np.bool_] | None, store: ArrayStore) -> Tally:
         data = self._data
-        tokenizer = RowTokenizer(
+        job = Job(
             self._tokenizer,
             self._stops,
-            limits=Limits(data.max_length, data.overlong),
+            Limits(data.max_length, data.overlong),
             everything=data.train_on == "all",
+            reader=source.reader(data),
         )
-        reader = source.reader(data)
-        what, total = f"tokenizing {source.rows.name}", None
-        if self._progress is not None:
-            total = source.rows.count() if wanted is None else int(wanted.sum())
-            self._progress(what, 0, total)
+        what = f"tokenizing {source.rows.name}"
+        total = source.rows.count() if wanted is None else int(wanted.sum())
 
         def report(done: int) -> None:
             if self._progress is not None:
                 self._progress(what, done, total)
 
-        rows = source.placed_rows(wanted)
-        return tokenize_rows(rows, reader, tokenizer, store, stop_token_ids=self._stops, progress=report)
+        report(0)
+        chunks, workers = in_chunks(source.placed_rows(wanted)), workers_for(total)
+        if workers > 1:
+            return collect(tokenize_in_parallel(chunks, job, workers), store, report)
+        return collect(map(ChunkTokenizer(job).tokenize, chunks), store, report)
 
     def _key(self, source: OpenSource, wanted: NDArray[np.bool_] | None) -> str:
         data = self._data
@@ -255,11 +265,11 @@ def _together(
     data: DataConfig,
     weights: Sequence[float | None],
     seed: int,
-    warnings: Sequence[str],
+    duplicates: Sequence[str],
+    warnings: Sequence[str] = (),
 ) -> Examples:
-    """All parts as one, drawn by weight where the sources have weights."""
+    """All parts as one, drawn by weight where the sources have weights. No token is copied."""
     counts = [part.tally.examples for part in parts]
-    lengths = np.concatenate([part.arrays["lengths"] for part in parts])
     hints = list(warnings)
     picked: NDArray[np.int64] | None = None
     if any(weight is not None for weight in weights):
@@ -270,35 +280,38 @@ def _together(
             )
         picked = drawn(counts, [weight for weight in weights if weight is not None], seed)
         hints += _shares(parts, counts, picked)
-    ids = [part.arrays["input_ids"] for part in parts]
-    trained = [part.arrays["trained"] for part in parts]
+    lengths = _over_all(parts, "lengths", picked)
+    starts = np.cumsum([0, *_over_all(parts, "lengths", None)])[:-1]
     chosen = np.arange(sum(counts)) if picked is None else picked
-    starts = np.cumsum([0, *counts])
-    cut = np.concatenate([start + part.arrays["truncated"] for start, part in zip(starts, parts, strict=False)])
+    before = np.cumsum([0, *counts])
+    cut = np.concatenate([start + part.arrays["truncated"] for start, part in zip(before, parts, strict=False)])
     examples = Examples(
-        input_ids=_gathered(ids, lengths, picked),  # type: ignore[arg-type]
-        trained=_gathered(trained, lengths, picked),  # type: ignore[arg-type]
-        offsets=np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64),
+        input_ids=_joined(parts, "input_ids"),
+        trained=_joined(parts, "trained"),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         places=parts[0].places
         if len(parts) == 1 and picked is None
         else PickedPlaces([p.places for p in parts], chosen),
         account=DataAccount(0, 0, 0, 0, 0, 0, 0, 0),
         fingerprint=fingerprint([part.fingerprint for part in parts], picked),
         truncated=np.flatnonzero(np.isin(chosen, cut)),
+        starts=None if picked is None else starts[picked],
+        counts=_over_all(parts, "supervised", picked),
     )
-    account = account_of(_tallies(parts), examples, max_length=data.max_length, warnings=hints)
+    account = account_of(_tallies(parts), examples, max_length=data.max_length, duplicates=duplicates, warnings=hints)
     return replace(examples, account=account)
 
 
-def _gathered(
-    parts: Sequence[NDArray[np.generic]], lengths: NDArray[np.generic], picked: NDArray[np.int64] | None
-) -> NDArray[np.generic]:
-    """Per-token arrays of several parts as one. A single part stays the mapped file that it may be."""
-    if picked is None:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-    whole = np.concatenate(parts)
-    ends = np.cumsum(lengths)
-    return np.concatenate([whole[ends[index] - lengths[index] : ends[index]] for index in picked])
+def _joined(parts: Sequence[Part], name: str) -> NDArray[Any] | Joined:
+    """A per-token array of all parts; a single part's stays the mapped file that it is."""
+    arrays = [part.arrays[name] for part in parts]
+    return arrays[0] if len(arrays) == 1 else Joined(arrays)
+
+
+def _over_all(parts: Sequence[Part], name: str, picked: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """A per-example array of all parts, in the order of the pick."""
+    whole: NDArray[np.int64] = np.concatenate([part.arrays[name] for part in parts]).astype(np.int64)
+    return whole if picked is None else whole[picked]
 
 
 def _shares(parts: Sequence[Part], counts: Sequence[int], picked: NDArray[np.int64]) -> list[str]:
@@ -315,19 +328,22 @@ def _shares(parts: Sequence[Part], counts: Sequence[int], picked: NDArray[np.int
     return found
 
 
-def _duplicates(parts: Sequence[Part], train: Sequence[Part] | None) -> list[str]:
-    """Examples that stand twice, or in validation and in train."""
-    hashes = np.concatenate([part.arrays["hashes"] for part in parts])
-    places = PickedPlaces([part.places for part in parts], np.arange(len(hashes)))
-    if train is None:
-        _, first = np.unique(hashes, return_index=True)
-        again = np.setdiff1d(np.arange(len(hashes)), first)
-        return (
-            [f"{len(again):,} examples are exact duplicates; the first is {places[int(again[0])]}"]
-            if len(again)
-            else []
-        )
-    seen = np.flatnonzero(np.isin(hashes, np.concatenate([part.arrays["hashes"] for part in train])))
-    if len(seen) == 0:
+def _duplicates(parts: Sequence[Part]) -> PickedPlaces:
+    """The places of examples that say exactly what an earlier one says."""
+    hashes, places = _hashes(parts)
+    _, first = np.unique(hashes, return_index=True)
+    return PickedPlaces(places, np.setdiff1d(np.arange(len(hashes)), first))
+
+
+def _also_in(train: Sequence[Part], validation: Sequence[Part]) -> list[str]:
+    """A warning of validation examples that are trained on, if there are any."""
+    hashes, places = _hashes(validation)
+    seen = PickedPlaces(places, np.flatnonzero(np.isin(hashes, _hashes(train)[0])))
+    if not seen:
         return []
-    return [f"{len(seen):,} validation examples are also in train; the first is {places[int(seen[0])]}"]
+    what = "1 validation example is" if len(seen) == 1 else f"{len(seen):,} validation examples are"
+    return [f"{what} also in train; the first is {seen[0]}"]
+
+
+def _hashes(parts: Sequence[Part]) -> tuple[NDArray[np.generic], list[RowPlaces]]:
+    return np.concatenate([part.arrays["hashes"] for part in parts]), [part.places for part in parts]

@@ -22,6 +22,8 @@ class MarkedText:
     """Content of other roles: a token that reaches into it is never trained."""
     data: tuple[Span, ...] = ()
     """All text that comes from the row; control tokens spelled in it stay text."""
+    roles: tuple[str, ...] = ()
+    """Whose words each piece of `data` is."""
     before: tuple[int, ...] = ()
     """Ids that precede the text, not trained unless everything is."""
     append: int | None = None

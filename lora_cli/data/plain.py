@@ -48,7 +48,8 @@ class PlainLayout:
             text,
             trained=((len(prompt), len(text)),),
             others=((0, len(prompt)),),
-            data=((0, len(text)),),
+            data=((0, len(prompt)), (len(prompt), len(text))),
+            roles=("user", "assistant"),
             before=self._before,
             append=self._eos_id,
         )

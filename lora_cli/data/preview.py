@@ -15,6 +15,8 @@ import numpy as np
 from lora_cli.config import DataConfig
 from lora_cli.data.account import SourceTally, Tally, refuse_nothing
 from lora_cli.data.loading import open_sources, set_chat_template
+from lora_cli.data.marked import MarkedText
+from lora_cli.data.packing import pack
 from lora_cli.data.tokenizing import Limits, Prepared, RowTokenizer
 
 if TYPE_CHECKING:
@@ -35,12 +37,44 @@ class ExamplePreview:
     """What each token adds to the text; empty for one that only begins a character."""
     trained: tuple[int, ...]
     """1 where the token's own prediction counts."""
+    roles: tuple[str, ...]
+    """Whose words each token belongs to; empty for what the template or layout writes."""
     text: str
     truncated: bool
     notes: tuple[str, ...]
 
+
+@dataclass(frozen=True)
+class Pack:
+    """A micro-batch: whole examples end to end. No token sees across a boundary, and positions restart there."""
+
+    places: tuple[str, ...]
+    boundaries: tuple[int, ...]
+    """Tokens before each example, and the micro-batch's length."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first examples, and how they would lie in micro-batches if they made up a step."""
+
+    examples: tuple[ExamplePreview, ...]
+    packs: tuple[Pack, ...]
+    micro_batch_tokens: int
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def packed(examples: Sequence[ExamplePreview], micro_batch_tokens: int) -> Preview:
+    lengths = [len(example.input_ids) for example in examples]
+    packs = tuple(
+        Pack(
+            tuple(examples[index].place for index in one),
+            tuple(np.cumsum([0, *(lengths[index] for index in one)]).tolist()),
+        )
+        for one in pack(lengths, micro_batch_tokens)
+    )
+    return Preview(tuple(examples), packs, micro_batch_tokens)
 
 
 def preview_examples(
@@ -86,11 +120,13 @@ def _preview(
     template_notes: dict[str, str],
 ) -> ExamplePreview:
     ids = prepared.example.input_ids.tolist()
+    tokens = token_texts(tokenizer, ids)
     return ExamplePreview(
         place=place,
         input_ids=tuple(ids),
-        tokens=token_texts(tokenizer, ids),
+        tokens=tokens,
         trained=tuple(int(flag) for flag in prepared.example.trained),
+        roles=token_roles(prepared.marked, tokens),
         text=_decoded(tokenizer, ids),
         truncated=prepared.truncated,
         notes=(*_notes(prepared, tokenizer, stop_token_ids), *template_notes.values()),
@@ -110,6 +146,22 @@ def _notes(prepared: Prepared, tokenizer: PreTrainedTokenizerBase, stop_token_id
         yield f"ends in a trained {_decoded(tokenizer, [last])}"
     else:
         yield "does not end in a trained stop token"
+
+
+def token_roles(marked: MarkedText, tokens: Sequence[str]) -> tuple[str, ...]:
+    """Whose words each token belongs to. A token that holds words of two is the later one's."""
+    roles = [""] * len(marked.text)
+    for start, end in marked.trained:
+        roles[start:end] = ["assistant"] * (end - start)
+    for (start, end), role in zip(marked.data, marked.roles, strict=False):
+        roles[start:end] = [role] * (end - start)
+    ends = np.cumsum([len(token) for token in tokens]) - sum(len(token) for token in tokens[: len(marked.before)])
+    found = []
+    for number, end in enumerate(ends):
+        start = max(0, int(end) - len(tokens[number]))
+        own = [role for role in roles[start : max(0, int(end))] if role]
+        found.append(own[-1] if own else "")
+    return tuple(found)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class Shape:
                 return None
         return tuple(found) if position == len(text) else None
 
-    def marked(self, text: str, found: tuple[Span, ...], trained: frozenset[int]) -> MarkedText:
+    def marked(self, text: str, found: tuple[Span, ...], conversation: Conversation) -> MarkedText:
         """The real text, with the stand-in's spans moved to where they are in it."""
         shifts = [real - stand_in for (_, real), stand_in in zip(found, self.ends, strict=True)]
 
@@ -66,9 +66,11 @@ class Shape:
                 shift = by
             return position + shift
 
-        others = tuple(span for span, slot in zip(found, self.slots, strict=True) if slot not in trained)
+        placed = list(zip(found, self.slots, strict=True))
+        others = tuple(span for span, slot in placed if slot not in conversation.trained)
+        roles = tuple(str(conversation.messages[slot]["role"]) for _, slot in placed)
         spans = tuple((moved(start), moved(end)) for start, end in self.rendering.trained)
-        return MarkedText(text, spans, others, found, append=self.rendering.append)
+        return MarkedText(text, spans, others, found, roles, append=self.rendering.append)
 
 
 class ConversationMarker:
@@ -88,7 +90,7 @@ class ConversationMarker:
                 token where it can't be told from the template's own.
         """
         self._refuse_controls_outside_contents(conversation)
-        messages, trained = conversation.messages, conversation.trained
+        messages = conversation.messages
         shapes = self._shapes_of(conversation)
         if not shapes:
             return self._by_itself(conversation)
@@ -98,7 +100,7 @@ class ConversationMarker:
             found = shape.fit(text, messages)
             if found is None:
                 return self._by_itself(conversation)
-            marked.append(shape.marked(text, found, trained))
+            marked.append(shape.marked(text, found, conversation))
         return [self._all(one) for one in marked] if self._everything else marked
 
     def _shapes_of(self, conversation: Conversation) -> tuple[Shape, ...]:

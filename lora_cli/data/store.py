@@ -1,4 +1,4 @@
-"""Examples being collected, and the arrays they end up in: in memory, or in files that are mapped.
+"""Examples being collected, and the arrays they end up in: files that are mapped.
 
 Knows arrays and files; knows nothing about rows' meaning.
 """
@@ -20,6 +20,7 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "input_ids": np.dtype("<i4"),
     "trained": np.dtype("?"),
     "lengths": np.dtype("<i8"),
+    "supervised": np.dtype("<i8"),
     "rows": np.dtype("<i8"),
     "hashes": np.dtype("<u8"),
     "truncated": np.dtype("<i8"),
@@ -27,24 +28,18 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
 
 
 class ArrayStore:
-    """Appends to named arrays. With a folder they grow on disk, so that memory stays bounded."""
+    """Appends to named arrays, which grow on disk, so that memory stays bounded."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._chunks: dict[str, list[NDArray[np.generic]]] = {name: [] for name in DTYPES}
         self._digests = {name: hashlib.blake2b(digest_size=16) for name in DTYPES}
-        self._files: dict[str, IO[bytes]] = {}
-        if folder is not None:
-            self._files = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
+        self._files: dict[str, IO[bytes]] = {name: (folder / f"{name}.bin").open("wb") for name in DTYPES}
 
     def append(self, chunk: Mapping[str, NDArray[np.generic]]) -> None:
         for name, values in chunk.items():
             block = np.ascontiguousarray(values, dtype=DTYPES[name])
             self._digests[name].update(block.data)
-            if self._folder is None:
-                self._chunks[name].append(block)
-            else:
-                self._files[name].write(block.data)
+            self._files[name].write(block.data)
 
     def fingerprint(self) -> str:
         """A hash of what makes the examples: ids, flags and lengths."""
@@ -52,15 +47,9 @@ class ArrayStore:
         return hashlib.blake2b(together, digest_size=16).hexdigest()
 
     def close(self) -> Arrays:
-        """All that was appended."""
-        for stream in self._files.values():
-            stream.close()
-        if self._folder is not None:
-            return map_arrays(self._folder)
-        return {
-            name: np.concatenate(chunks) if chunks else np.zeros(0, dtype=DTYPES[name])
-            for name, chunks in self._chunks.items()
-        }
+        """All that was appended, mapped."""
+        self.discard()
+        return map_arrays(self._folder)
 
     def discard(self) -> None:
         for stream in self._files.values():

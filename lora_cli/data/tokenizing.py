@@ -127,6 +127,7 @@ class RowTokenizer:
             marked.text,
             ((0, len(marked.text)),),
             data=marked.data,
+            roles=marked.roles,
             before=marked.before,
             append=marked.append,
         )
@@ -179,4 +180,3 @@ def _as_conversation(content: Conversation | Completion) -> Conversation:
 
 def _placed(place: str, error: DataError) -> DataError:
     return DataError(f"{place}: {error.message}", remedy=error.remedy)
-

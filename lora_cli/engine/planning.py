@@ -17,7 +17,7 @@ from lora_cli.config import Config
 from lora_cli.data.examples import Examples
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import steps_per_epoch
-from lora_cli.data.preview import ExamplePreview, preview_examples
+from lora_cli.data.preview import Preview, packed, preview_examples
 from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove
 from lora_cli.errors import ModelError
@@ -76,12 +76,19 @@ def compare_ranks(config: Config, ranks: Sequence[int]) -> dict[int, ParameterRe
     return reports
 
 
-def load_preview(config: Config, count: int) -> tuple[ExamplePreview, ...]:
+def load_preview(config: Config, count: int) -> Preview:
     """The first `count` examples, token by token. Looks at the tokenizer and the data alone."""
+    import torch
+
     architecture = read_architecture(config.model)
     tokenizer = load_tokenizer(config.model)
     stops = stop_tokens(tokenizer, architecture, config.model)
-    return preview_examples(config.data, tokenizer, stops, count=count)
+    examples = preview_examples(config.data, tokenizer, stops, count=count)
+    tokens = config.train.micro_batch_tokens
+    return packed(
+        examples,
+        AUTO_MICRO_BATCH_TOKENS["cuda" if torch.cuda.is_available() else "cpu"] if tokens == "auto" else tokens,
+    )
 
 
 def make_plan(config: Config, emit: Emit = ignore) -> Plan:

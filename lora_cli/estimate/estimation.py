@@ -233,7 +233,6 @@ def _largest(question: Question, need: Need, known: int | None) -> int | None:
 
 def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
     """The model's config.json, and a config that needs no weights: an adapter's settings in place of its path."""
-    from lora_cli.engine.planning import settings_of
     from lora_cli.model.architecture import read_architecture
     from lora_cli.model.weights import check_prequantized
 
@@ -245,6 +244,8 @@ def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
         del architecture.quantization_config
     adapter = config.adapter
     if adapter is not None and adapter.path is not None:
+        from lora_cli.engine.planning import settings_of
+
         config = config.model_copy(update={"adapter": settings_of(adapter.path, config)})
     if config.model.quantization is not None and config.model.quantization.type == "int8":
         raise ModelError(

@@ -6,15 +6,18 @@ about and nothing about colour.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from lora_cli.plan import DataAccount, Engine, Memory, ModelFacts, ParameterReport, Plan, Steps, Writes
 from lora_cli.report import numbers
-from lora_cli.report.layout import INDENT, labelled, page_width, short_path, table, warning
+from lora_cli.report.layout import INDENT, LABEL_WIDTH, labelled, page_width, short_path, table, warning
 
 _BYTES_PER_MASTER = 4
 """Adapters are trained and saved in fp32."""
 _PLACES_SHOWN = 3
+_LONGEST_BAR = 24
+_BELOW_LABEL = " " * (len(INDENT) + 4 + LABEL_WIDTH)
 
 
 def render_plan(plan: Plan, width: int | None = None) -> str:
@@ -129,7 +132,7 @@ def _writes(writes: Writes) -> str:
     return f"{short_path(writes.output_dir)}, {checkpoint}, {numbers.size(writes.free_bytes)} free"
 
 
-def render_check(plan: Plan, width: int | None = None) -> str:
+def render_check(plan: Plan, width: int | None = None, *, cache: str = "") -> str:
     """What `check` shows: one line per thing it looked at, then the verdict."""
     width = width or page_width()
     modules = numbers.counted(adapted_modules(plan.parameters), "module")
@@ -146,12 +149,14 @@ def render_check(plan: Plan, width: int | None = None) -> str:
         findings.append(("ok" if plan.memory.fits else "no", "memory", _memory(plan.memory, plan.engine)))
     enough = plan.writes.free_bytes > plan.writes.checkpoint_bytes
     findings.append(("ok" if enough else "no", "disk", _writes(plan.writes)))
+    if cache:
+        findings.append(("ok", "cache", cache))
     warnings = plan_warnings(plan)
-    lines = [
-        line
-        for mark, label, text in findings
-        for line in labelled(label, text, width, lead=f"{INDENT}{mark:<4}")
-    ]
+    lines = []
+    for mark, label, text in findings:
+        lines += labelled(label, text, width, lead=f"{INDENT}{mark:<4}")
+        if label == "length":
+            lines += _histogram(plan.data.lengths)
     lines += [line for text in warnings for line in labelled("", text, width, lead=f"{INDENT}!   ")]
     return "\n".join([*lines, "", INDENT + _verdict(findings, len(warnings))])
 
@@ -162,12 +167,58 @@ Finding = tuple[str, str, str]
 def _data_findings(label: str, data: DataAccount) -> list[Finding]:
     text = f"{_rows(data)}; {_tokens(data)}"
     for reason, places in data.reasons.items():
-        shown = ", ".join(short_path(place) for place in places[:_PLACES_SHOWN])
-        more = len(places) - _PLACES_SHOWN
-        text += f"\n{reason}: {shown}" + (f" and {numbers.counts(more)} more" if more > 0 else "")
+        text += f"\n{numbers.counts(len(places))} dropped, {reason}{_places(places, len(places))}"
+    if label == "data":
+        return [("ok", label, text), ("!" if data.truncated else "ok", "length", _length(data)), *_repeats(data)]
+    return [("ok", label, text)]
+
+
+def _length(data: DataAccount) -> str:
     length = f"the longest row has {numbers.counted(data.longest_seen, 'token')}"
-    length += f", {numbers.counts(data.longest)} of them used" if data.truncated else ""
-    return [("ok", label, text), ("ok", "length", length)]
+    if data.longest_place is not None:
+        length += f": {short_path(data.longest_place)}"
+    if data.truncated:
+        places = _places(data.truncated_places, data.truncated)
+        length += f"\n{numbers.counts(data.truncated)} truncated at {numbers.counted(data.longest, 'token')}{places}"
+    return length
+
+
+def _repeats(data: DataAccount) -> list[Finding]:
+    if not data.duplicates:
+        return []
+    places = _places(data.duplicate_places, data.duplicates)
+    return [("!", "repeats", f"{numbers.counted(data.duplicates, 'exact duplicate')}{places}")]
+
+
+def _places(places: Sequence[str], count: int) -> str:
+    """`: train.jsonl:5, train.jsonl:9 and 3 more`"""
+    if not places:
+        return ""
+    shown = ", ".join(short_path(place) for place in places[:_PLACES_SHOWN])
+    more = count - min(len(places), _PLACES_SHOWN)
+    return f": {shown}" + (f" and {numbers.counts(more)} more" if more > 0 else "")
+
+
+def _histogram(bins: Sequence[tuple[int, int]]) -> list[str]:
+    """How many examples are how long, a line each: `to 128  1,204  ████`."""
+    if len(bins) < 2:
+        return []
+    most = max(count for _, count in bins)
+    lengths = [numbers.counts(length) for length, _ in bins]
+    counts = [numbers.counts(count) for _, count in bins]
+    return [
+        f"{_BELOW_LABEL}to {length:>{max(map(len, lengths))}}  {count:>{max(map(len, counts))}}  "
+        + "█" * math.ceil(_LONGEST_BAR * number / most)
+        for length, count, (_, number) in zip(lengths, counts, bins, strict=True)
+    ]
+
+
+def render_cache(folder: str, size_bytes: int, entries: int, cleared_bytes: int | None = None) -> str:
+    """What tokenized data takes on disk: part of `check`."""
+    text = (
+        f"{numbers.size(size_bytes)} of tokenized data, {numbers.counted(entries, 'source')}, in {short_path(folder)}"
+    )
+    return text if cleared_bytes is None else f"{text}; {numbers.size(cleared_bytes)} deleted before"
 
 
 def _verdict(findings: list[Finding], warnings: int) -> str:
@@ -177,9 +228,7 @@ def _verdict(findings: list[Finding], warnings: int) -> str:
     return f"ready, {numbers.counted(warnings, 'warning')}" if warnings else "ready"
 
 
-def render_parameters(
-    report: ParameterReport, model: ModelFacts | None = None, width: int | None = None
-) -> str:
+def render_parameters(report: ParameterReport, model: ModelFacts | None = None, width: int | None = None) -> str:
     """What `params` shows: every kind of module, and what of it is trained."""
     width = width or page_width()
     rows = [

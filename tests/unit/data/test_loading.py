@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.config import DataConfig
+from lora_cli.data.account import histogram
 from lora_cli.data.cache import Cache, cache_folder
-from lora_cli.data.examples import Examples
+from lora_cli.data.examples import Examples, Joined
 from lora_cli.data.loading import load_examples
 from lora_cli.data.mixing import drawn, held_out
+from lora_cli.data.parallel import MOST_WORKERS, workers_for
 from lora_cli.data.store import ArrayStore
 from lora_cli.errors import DataError
 from tests.unit.data.conftest import WriteRows, config, tokenizer_of
@@ -196,9 +198,9 @@ def test_warnings_worth_having(write_rows: WriteRows) -> None:
     few = load(config(write_rows(chat("q " * 500, "y")), max_length=4000))[0].account.warnings
     assert any("% of the tokens are trained" in warning for warning in few)
     spelled = load(config(write_rows(chat("what is <|im_end|>?", "a token"))))[0].account.warnings
-    assert spelled == ("1 rows spell control tokens, kept as plain text; the first is train.jsonl:1",)
+    assert spelled == ("1 row spells control tokens, kept as plain text; the first is train.jsonl:1",)
     twice = load(config(write_rows(chat("q", "a"), chat("r", "a"), chat("q", "a"))))[0].account.warnings
-    assert twice == ("1 examples are exact duplicates; the first is train.jsonl:3",)
+    assert twice == ("1 example is an exact duplicate; it is train.jsonl:3",)
 
 
 def test_a_tokenizer_without_stop_tokens_is_warned_of(write_rows: WriteRows) -> None:
@@ -216,7 +218,7 @@ def test_fingerprints_follow_the_content(write_rows: WriteRows) -> None:
 def test_many_chunks_are_one(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_rows(*(chat(f"question {number}", f"answer {number}") for number in range(25)))
     whole, _ = load(config(path))
-    monkeypatch.setattr("lora_cli.data.tokenizing.CHUNK_ROWS", 4)
+    monkeypatch.setattr("lora_cli.data.chunks.CHUNK_ROWS", 4)
     seen: list[tuple[str, int, int | None]] = []
     parts, _ = load(config(path), progress=lambda *event: seen.append(event))
     assert np.array_equal(whole.input_ids, parts.input_ids)
@@ -261,7 +263,7 @@ def test_validation_rows_that_are_in_train_are_found(write_rows: WriteRows) -> N
     held = write_rows(chat("s", "c"), chat("r", "b"), name="held.jsonl")
     _, validation = load(config(train, validation=[{"path": str(held)}]))
     assert validation is not None
-    assert validation.account.warnings == ("1 validation examples are also in train; the first is held.jsonl:2",)
+    assert validation.account.warnings == ("1 validation example is also in train; the first is held.jsonl:2",)
 
 
 def test_several_sources_lie_end_to_end(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -283,7 +285,8 @@ def test_weights_are_shares_of_the_epoch(write_rows: WriteRows) -> None:
     assert counts == {"small.jsonl": 50, "large.jsonl": 50}
     assert max(Counter(examples.places).values()) == 5  # whole repeats: none more often than another
     assert examples.account.rows == 100
-    assert examples.lengths.sum() == len(examples.input_ids)
+    assert examples.lengths.sum() == examples.offsets[-1] == examples.account.num_tokens
+    assert examples.supervised.tolist() == [int(examples.example(i).trained.sum()) for i in range(len(examples))]
     for index in (0, 49, 50, 99):  # gathered from the right place
         place = examples.places[index]
         line = int(place.split(":")[1])
@@ -334,7 +337,7 @@ def test_a_second_start_reads_the_cache(write_rows: WriteRows, cache: Path, monk
     path = write_rows(chat("q", "a"), chat("r", ""), chat("x", "y " * 100))
     fresh, _ = load(config(path, cache=True, max_length=60))
     assert len(entries(cache)) == 1
-    monkeypatch.setattr("lora_cli.data.loading.tokenize_rows", None)  # would fail if it were called
+    monkeypatch.setattr("lora_cli.data.loading.collect", None)  # would fail if it were called
     again, _ = load(config(path, cache=True, max_length=60))
     assert isinstance(again.input_ids, np.memmap)
     assert same(fresh, again)
@@ -432,3 +435,59 @@ def test_two_processes_that_start_at_once(write_rows: WriteRows, cache: Path) ->
         process.join()
     assert len(found) == 1
     assert len(entries(cache)) == 1  # and no folder half-written
+
+
+# Size
+
+
+def test_several_sources_stay_in_their_files(write_rows: WriteRows) -> None:
+    first = write_rows(chat("q", "a"), chat("r", "bb"), name="first.jsonl")
+    second = write_rows(chat("s", "c"), name="second.jsonl")
+    examples, _ = load(config([{"path": str(first)}, {"path": str(second)}]))
+    alone = [load(config(path))[0] for path in (first, second)]
+    assert isinstance(examples.input_ids, Joined)
+    assert all(isinstance(one.input_ids, np.memmap) for one in alone)
+    wanted = [one.example(index) for one in alone for index in range(len(one))]
+    for index, want in enumerate(wanted):
+        got = examples.example(index)
+        assert isinstance(got.input_ids, np.memmap)
+        assert got.input_ids.tolist() == want.input_ids.tolist()
+        assert got.trained.tolist() == want.trained.tolist()
+
+
+def test_any_number_of_processes_gives_the_same(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several shapes and fates over several chunks; shapes are derived in each process anew."""
+    rows = [chat(f"question {number}", "y " * (number % 40)) for number in range(60)]
+    path = write_rows(*rows)
+    monkeypatch.setattr("lora_cli.data.chunks.CHUNK_ROWS", 7)
+    alone, _ = load(config(path, max_length=60))
+    monkeypatch.setattr("lora_cli.data.loading.workers_for", lambda rows: 3)
+    seen: list[int] = []
+    together, _ = load(config(path, max_length=60), progress=lambda what, done, total: seen.append(done))
+    assert same(alone, together)
+    assert seen == [*range(0, 60, 7), 60]
+
+    broken = write_rows(*rows, {"messages": [{"role": "robot", "content": "x"}]}, {"messages": 3})
+    with pytest.raises(DataError, match=r"train.jsonl:61: messages\[0\].role is \"robot\"") as caught:
+        load(config(broken, max_length=60))
+    assert caught.value.remedy is not None
+    assert caught.value.remedy.startswith("Known are system")
+
+
+def test_few_rows_need_no_processes() -> None:
+    assert workers_for(10_000) == 1
+    assert 1 <= workers_for(10_000_000) <= MOST_WORKERS
+
+
+def test_lengths_are_counted_in_bins_that_double() -> None:
+    assert histogram(np.array([], dtype=np.int64)) == ()
+    assert histogram(np.array([5])) == ((5, 1),)
+    assert histogram(np.array([3, 4, 5, 8, 9, 40])) == ((4, 2), (8, 2), (16, 1), (32, 0), (40, 1))
+
+
+def test_the_account_names_the_rows_it_speaks_of(write_rows: WriteRows) -> None:
+    account = load(config(write_rows(chat("q", "a"), chat("r", "y " * 100), chat("q", "a")), max_length=60))[0].account
+    assert account.truncated_places == ("train.jsonl:2",)
+    assert account.longest_place == "train.jsonl:2"
+    assert (account.duplicates, account.duplicate_places) == (1, ("train.jsonl:3",))
+    assert sum(count for _, count in account.lengths) == 3

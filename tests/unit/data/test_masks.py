@@ -267,7 +267,9 @@ TOOL_TURNS = [
 def test_tool_calls_are_trained_and_results_are_not(write_rows: WriteRows, style: Style) -> None:
     path = write_rows({"messages": TOOL_TURNS, "tools": [TOOL]})
     if style.call is None:
-        with pytest.raises(DataError, match=r"train.jsonl:1: (messages\[1\].*(leaves|can't tell)|the chat template refuses)"):
+        with pytest.raises(
+            DataError, match=r"train.jsonl:1: (messages\[1\].*(leaves|can't tell)|the chat template refuses)"
+        ):
             previews(path, style)
         return
     got = previews(path, style)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_cli.data.loading import load_examples
-from lora_cli.data.preview import preview_examples, token_texts
+from lora_cli.data.preview import packed, preview_examples, token_texts
 from lora_cli.errors import DataError
 from tests.unit.data.conftest import WriteRows, config, tokenizer_of
 from tests.unit.data.templates import BY_NAME
@@ -35,7 +37,7 @@ def test_what_is_shown_is_what_is_trained_on(write_rows: WriteRows) -> None:
     assert [example.truncated for example in shown] == [False, True]
     assert shown[0].notes == ("ends in a trained <|im_end|>",)
     assert shown[1].notes[0].startswith("truncated: ")
-    assert json.loads(json.dumps(shown[0].as_json()))["trained"] == list(shown[0].trained)
+    assert json.loads(json.dumps(asdict(shown[0])))["trained"] == list(shown[0].trained)
 
 
 def test_rows_past_the_last_one_shown_are_not_read(write_rows: WriteRows) -> None:
@@ -58,3 +60,47 @@ def test_token_texts_join_to_the_text(text: str) -> None:
         tokenizer, _ = tokenizer_of(CHATML, kind=kind)
         ids = tokenizer("x" + text, add_special_tokens=False)["input_ids"]
         assert "".join(token_texts(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_every_token_has_its_speaker(write_rows: WriteRows) -> None:
+    tokenizer, stops = tokenizer_of(CHATML)
+    messages = [
+        {"role": "system", "content": "Rules, Grüße"},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So 東京"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Done", "train": False},
+    ]
+    (example,) = preview_examples(config(write_rows({"messages": messages})), tokenizer, stops, count=1)
+
+    def said(role: str) -> str:
+        return "".join(token for token, one in zip(example.tokens, example.roles, strict=True) if one == role)
+
+    assert said("system") == "Rules, Grüße"
+    assert said("user") == "Why?And?"
+    assert said("assistant") == "So 東京<|im_end|>Done"
+    assert "<|im_start|>" in said("")
+
+
+def test_prompts_and_completions_have_speakers_behind_a_bos(write_rows: WriteRows) -> None:
+    tokenizer, stops = tokenizer_of(BY_NAME["llama2"], kind="bytes")
+    tokenizer.chat_template = None
+    (example,) = preview_examples(
+        config(write_rows({"prompt": "ask: ", "completion": "answer"})), tokenizer, stops, count=1
+    )
+    spoken = list(zip(example.tokens, example.roles, strict=True))
+    assert "".join(token for token, role in spoken if role == "user").strip() == "ask:"
+    assert "".join(token for token, role in spoken if role == "assistant").strip() == "answer"
+
+
+def test_packs_have_boundaries_between_whole_examples(write_rows: WriteRows) -> None:
+    tokenizer, stops = tokenizer_of(CHATML)
+    rows = [chat("a", "b " * size) for size in (5, 30, 8, 2)]
+    shown = preview_examples(config(write_rows(*rows)), tokenizer, stops, count=4)
+    lengths = {example.place: len(example.input_ids) for example in shown}
+    found = packed(shown, 64)
+    assert sorted(place for one in found.packs for place in one.places) == sorted(lengths)
+    for one in found.packs:
+        assert np.diff(one.boundaries).tolist() == [lengths[place] for place in one.places]
+        assert one.boundaries[-1] <= 64 or len(one.places) == 1
+    assert json.loads(json.dumps(found.as_json()))["micro_batch_tokens"] == 64

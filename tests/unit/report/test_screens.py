@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from lora_cli.plan import Memory, ParameterReport, Plan
 from lora_cli.report.closing import render_summary
 from lora_cli.report.events import Summary
-from lora_cli.report.screens import render_check, render_parameters, render_plan, render_ranks
+from lora_cli.report.screens import render_cache, render_check, render_parameters, render_plan, render_ranks
 
 WIDTHS = [60, 80, 140]
 
@@ -76,7 +76,7 @@ def test_check_names_dropped_rows_and_counts_each_warning_once(plan: Plan) -> No
     data = replace(plan.data, warnings=plan.warnings)  # the planner passes the data's warnings on
     check = flat(render_check(replace(plan, data=data), 140))
     assert (
-        "answer empty: data/train.jsonl:88, data/train.jsonl:410, data/train.jsonl:1207 and 10 more" in check
+        "13 dropped, answer empty: data/train.jsonl:88, data/train.jsonl:410, data/train.jsonl:1207 and 10 more" in check
     )
     assert check.endswith("ready, 1 warning")
     assert flat(render_check(replace(plan, warnings=()), 140)).endswith("ready")
@@ -120,3 +120,23 @@ def test_full_fine_tuning_offers_nothing_to_merge(plan: Plan, summary: Summary) 
 def test_a_run_that_stopped_early_says_why(plan: Plan, summary: Summary) -> None:
     screen = render_summary(replace(summary, steps=900, stopped="early stopping"), plan, 80)
     assert screen.startswith("  stopped  900 steps in 1 h 48 min (early stopping)")
+
+
+def test_check_shows_lengths_repeats_and_the_cache(plan: Plan) -> None:
+    data = replace(
+        plan.data,
+        longest_place="train.jsonl:77",
+        truncated_places=tuple(f"train.jsonl:{line}" for line in range(1, 21)),
+        duplicates=2,
+        duplicate_places=("train.jsonl:5", "train.jsonl:6"),
+        lengths=((128, 1204), (256, 10_000), (512, 0), (2048, 1263)),
+    )
+    cache = render_cache("/var/cache/lora", 5 * 2**20, 3, 2**20)
+    screen = render_check(replace(plan, data=data), 100, cache=cache)
+    assert "  !   length   the longest row has 3,011 tokens: train.jsonl:77" in screen
+    assert "41 truncated at 2,048 tokens: train.jsonl:1, train.jsonl:2, train.jsonl:3 and 38 more" in screen
+    assert "               to   256  10,000  " + "█" * 24 + "\n" in screen
+    assert "               to   512       0  \n" in screen + "\n"
+    assert "2 exact duplicates: train.jsonl:5, train.jsonl:6\n" in screen
+    assert "5.0 MiB of tokenized data, 3 sources, in /var/cache/lora; 1.0 MiB deleted before" in screen
+    assert all(len(line) <= 100 for line in screen.split("\n"))
