@@ -41,7 +41,9 @@ def load(path: Path, overrides: list[str] | None, *, output_dir: str | None = No
 def print_json(value: Any) -> None:
     """One document on stdout; under torchrun, from the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        from lora_cli.runs.atomic import without_infinities
+
+        print(json.dumps(without_infinities(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def answer(yes: bool, otherwise: str) -> None:

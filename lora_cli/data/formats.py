@@ -120,7 +120,8 @@ class RowReader:
             case "prompt_completion":
                 return self._prompt_completion(place, row)
             case "chat":
-                field = "messages" if self._theirs("messages") in row else "conversations"
+                field = "conversations" if self._theirs("conversations") in row else "messages"
+                field = "messages" if self._theirs("messages") in row else field
                 messages = self._messages(place, row, field)
                 return self._conversation(place, row, field, messages, 0)
 

@@ -79,7 +79,8 @@ class ChatTemplate:
         """Things about the template that the user should know, by kind."""
         if self._jinja.tells_time:
             self.notes["date"] = (
-                f"the chat template writes today's date: it is {DAY:%d %b %Y} in all rows, so that the run can be repeated"
+                f"the chat template writes today's date: it is {DAY:%d %b %Y} in all rows, "
+                "so that the run can be repeated"
             )
 
     def render(self, messages: Sequence[Message], tools: Tools, *, generation: bool = False) -> str:

@@ -217,6 +217,13 @@ def settings_of(path: str, config: Config) -> Any:
     found = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.adapter is not None
     fields = set(type(config.adapter).model_fields) - {"path"}
+    given = {name: getattr(config.adapter, name) for name in config.adapter.model_fields_set & fields}
+    for name in ("r", "lora_alpha", "use_dora", "use_rslora", "lora_dropout"):
+        if name in given and given[name] != found.get(name):
+            raise ModelError(
+                f"adapter.{name}: {given[name]} in the config, {found.get(name)} in the adapter at {path}",
+                remedy=f"An adapter goes on as it is: leave adapter.{name} out.",
+            )
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in fields}
     return config.adapter.model_copy(update={**settings, "path": None})
 
@@ -230,6 +237,9 @@ def _resolve(config: Config, device: torch.device, proof: Proof) -> Config:
     model = config.model.model_copy(
         update={"dtype": dtype, "quantization": quantization, "attn_implementation": attention}
     )
+    adapter = config.adapter
+    if adapter is not None and adapter.path is not None:
+        adapter = settings_of(adapter.path, config).model_copy(update={"path": adapter.path})
     tokens = config.train.micro_batch_tokens
     checkpointing = config.train.gradient_checkpointing
     train = config.train.model_copy(
@@ -239,7 +249,7 @@ def _resolve(config: Config, device: torch.device, proof: Proof) -> Config:
             "loss": proof.loss,
         }
     )
-    return config.model_copy(update={"model": model, "train": train})
+    return config.model_copy(update={"model": model, "adapter": adapter, "train": train})
 
 
 def _steps(config: Config, count: int) -> Steps:

@@ -6,7 +6,8 @@ Refuses pickled weights before anything is opened, and names a shard that is mis
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 _INDEX = "model.safetensors.index.json"
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def load_base(
@@ -81,10 +83,24 @@ def load_base(
             f"{model.name_or_path}: {len(missing)} tensors of the model are in no weight file, the first {missing[0]}",
             remedy="The checkpoint is incomplete, or belongs to another architecture than config.json says.",
         )
+    _refuse_cut_model(model, config, info["unexpected_keys"])
     base.requires_grad_(False)
     if model.quantization is not None:
         keep_packed_weights_unchanged(base)
     return base
+
+
+def _refuse_cut_model(model: ModelConfig, config: PretrainedConfig, unexpected: Iterable[str]) -> None:
+    """Refuse weights of layers that config.json doesn't have: training would go on with a model cut short."""
+    text = config.get_text_config()
+    depth = text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0)
+    beyond = [key for key in sorted(unexpected) if (found := _LAYER.search(key)) and int(found[1]) >= depth]
+    if beyond:
+        raise ModelError(
+            f"{model.name_or_path}: config.json says {text.num_hidden_layers} layers; the weight files hold more, "
+            f"such as {beyond[0]}",
+            remedy="The weights belong to another config.json.",
+        )
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -36,11 +36,7 @@ def _done(summary: Summary) -> str:
 
 def _losses(summary: Summary) -> str:
     first, last = numbers.loss(summary.first_loss), numbers.loss(summary.final_loss)
-    span = (
-        "first and last step"
-        if summary.loss_span == 1
-        else f"means of first and last {summary.loss_span:,} steps"
-    )
+    span = "first and last step" if summary.loss_span == 1 else f"means of first and last {summary.loss_span:,} steps"
     text = f"train {first} -> {last} ({span})"
     if summary.first_eval_loss is not None and summary.final_eval_loss is not None:
         text += f"\nvalid {numbers.loss(summary.first_eval_loss)} -> {numbers.loss(summary.final_eval_loss)}"

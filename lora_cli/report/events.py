@@ -146,19 +146,7 @@ class Finished:
     summary: Summary
 
 
-Event = (
-    Working
-    | Planned
-    | Warned
-    | Resumed
-    | Measured
-    | Stepped
-    | Logged
-    | Evaluated
-    | Saved
-    | Stopped
-    | Finished
-)
+Event = Working | Planned | Warned | Resumed | Measured | Stepped | Logged | Evaluated | Saved | Stopped | Finished
 Emit = Callable[[Event], None]
 
 

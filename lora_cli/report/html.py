@@ -78,9 +78,7 @@ def render_report(report: ReportInput) -> str:
 
 
 def _policy() -> str:
-    return (
-        f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; base-uri 'none'"
-    )
+    return f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; base-uri 'none'"
 
 
 def _digest(text: str) -> str:
@@ -142,9 +140,7 @@ def _figures(report: ReportInput, training: Lines, evaluation: Lines) -> list[tu
                 f"means of first and last {numbers.counted(summary['loss_span'], 'step')}",
             )
         )
-    figures.append(
-        ("tokens trained", numbers.counts(summary["num_supervised_tokens"]), _of(summary["num_tokens"]))
-    )
+    figures.append(("tokens trained", numbers.counts(summary["num_supervised_tokens"]), _of(summary["num_tokens"])))
     figures.append(("duration", numbers.duration(summary["train_seconds"]), "training alone"))
     figures.append(("tokens a second", f"{summary['tokens_per_second']:,.0f}", "trained or not"))
     if summary["peak_memory_bytes"]:
@@ -164,11 +160,7 @@ def _against(report: ReportInput) -> str:
 
 
 def _repeat(report: ReportInput) -> str:
-    note = (
-        "<figcaption>Settings that differ from their defaults are bold.</figcaption>"
-        if report.non_defaults
-        else ""
-    )
+    note = "<figcaption>Settings that differ from their defaults are bold.</figcaption>" if report.non_defaults else ""
     return (
         "<section><h2>Repeat</h2>"
         + (_code("command", escape(report.command)) if report.command else "")
@@ -206,9 +198,7 @@ def _embedded(training: Lines, evaluation: Lines) -> str:
     value = {
         "lines": len(training),
         "training": {key: [_short(line.get(key)) for line in lines] for key in _COLUMNS},
-        "evaluation": [
-            {"step": int(step), "eval_loss": _short(loss)} for step, loss in thin(steps, _LINES_EMBEDDED)
-        ],
+        "evaluation": [{"step": int(step), "eval_loss": _short(loss)} for step, loss in thin(steps, _LINES_EMBEDDED)],
     }
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 

@@ -48,8 +48,7 @@ def page_width() -> int:
 def printable(text: str) -> str:
     """`text` with control characters spelled out: a path or a row must not be able to steer the terminal."""
     return "".join(
-        character if character.isprintable() or character == "\n" else repr(character)[1:-1]
-        for character in text
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
     )
 
 

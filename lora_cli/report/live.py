@@ -70,9 +70,7 @@ class Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.working is not None:
-            yield Text(
-                printable(INDENT + _status(self.working)), style="dim", no_wrap=True, overflow="ellipsis"
-            )
+            yield Text(printable(INDENT + _status(self.working)), style="dim", no_wrap=True, overflow="ellipsis")
         else:
             for number, line in enumerate(self.progress.lines(options.max_width)):
                 yield _drawn(line, gap=3 if number else 2)

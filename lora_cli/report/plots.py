@@ -102,16 +102,10 @@ def _small_charts(plots: PlotInput, steps: tuple[int, int]) -> list[Chart]:
         clip = Level(plots.max_grad_norm, f"clipped above {plots.max_grad_norm:g}")
     estimate = None
     if plots.estimated_bytes:
-        estimate = Level(
-            plots.estimated_bytes / numbers.GIB, f"estimated {numbers.gib(plots.estimated_bytes)}"
-        )
-    memory = [
-        Curve([(x, y / numbers.GIB) for x, y in _points(plots.training, "peak_memory_bytes") if y], "line")
-    ]
+        estimate = Level(plots.estimated_bytes / numbers.GIB, f"estimated {numbers.gib(plots.estimated_bytes)}")
+    memory = [Curve([(x, y / numbers.GIB) for x, y in _points(plots.training, "peak_memory_bytes") if y], "line")]
 
-    def chart(
-        name: str, curves: list[Curve], label: Callable[[float], str], level: Level | None = None
-    ) -> Chart:
+    def chart(name: str, curves: list[Curve], label: Callable[[float], str], level: Level | None = None) -> Chart:
         return Chart(name, steps, curves, label, _SMALL_HEIGHT, level=level, from_zero=True, numbered=False)
 
     return [

@@ -1,7 +1,8 @@
 """The screen of `preview`: an example token by token, the trained ones marked.
 
-A line holds trained tokens only, and then begins with `▌`, or untrained ones only: the mark says of every
-token what the JSON's `trained` says. A letter in the margin says whose words a line holds. Knows nothing about tokenizers or masks.
+A line holds trained tokens only, and then begins with `▌`, or untrained ones only: the mark says of every token
+what the JSON's `trained` says. A letter in the margin says whose words a line holds. Knows nothing about tokenizers
+or masks.
 """
 
 from __future__ import annotations

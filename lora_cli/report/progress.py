@@ -104,9 +104,7 @@ class Progress:
         if not self.losses:
             return Part("loss ", numbers.loss(step.loss), f" @{step.step:,}"), None
         span = f"{self.span:,}-step " if self.span > 1 else ""
-        return Part(f"{span}loss ", numbers.loss(self.losses[-1])), Part(
-            "", sparkline(self.losses, _SPARK_CELLS)
-        )
+        return Part(f"{span}loss ", numbers.loss(self.losses[-1])), Part("", sparkline(self.losses, _SPARK_CELLS))
 
 
 def _bar(share: float, cells: int) -> Part:

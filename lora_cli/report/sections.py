@@ -101,11 +101,7 @@ def render_data(data: Mapping[str, Any] | None) -> str:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    return (
-        "<table>"
-        + "".join(f"<tr><th>{escape(n)}</th><td>{escape(t)}</td></tr>" for n, t in rows)
-        + "</table>"
-    )
+    return "<table>" + "".join(f"<tr><th>{escape(n)}</th><td>{escape(t)}</td></tr>" for n, t in rows) + "</table>"
 
 
 _KEY = re.compile(r"( *)([\w.-]+):")
@@ -139,9 +135,7 @@ def _in_words(value: Any) -> str:
         case bool():
             return "yes" if value else "no"
         case Mapping():
-            return ", ".join(
-                f"{name} {_in_words(inner)}" for name, inner in value.items() if inner is not None
-            )
+            return ", ".join(f"{name} {_in_words(inner)}" for name, inner in value.items() if inner is not None)
         case list() | tuple():
             return ", ".join(map(_in_words, value))
         case _:

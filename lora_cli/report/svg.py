@@ -109,9 +109,7 @@ def draw(chart: Chart) -> str:
 
 def _range(chart: Chart) -> tuple[float, float]:
     """The values shown, with a little air above and below."""
-    values = [
-        y for points in (*(curve.points for curve in chart.curves), chart.dots) for _, y in finite(points)
-    ]
+    values = [y for points in (*(curve.points for curve in chart.curves), chart.dots) for _, y in finite(points)]
     if chart.level is not None:
         values.append(chart.level.value)
     low, high = (min(values), max(values)) if values else (0.0, 1.0)

@@ -31,9 +31,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(
-        path, json.dumps(without_infinities(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_text(path, json.dumps(without_infinities(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def without_infinities(value: Any) -> Any:

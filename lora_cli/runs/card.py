@@ -42,9 +42,7 @@ def model_card(name: str, plan: Plan, summary: Mapping[str, Any], datasets: Sequ
     known = [dataset for dataset in dict.fromkeys(map(hub_id, datasets)) if dataset is not None]
     title = re.sub(r"[^\w .-]", " ", name).strip()
     about = (
-        f"A LoRA adapter for [{base}](https://huggingface.co/{base})"
-        if base
-        else "A LoRA adapter for a local model"
+        f"A LoRA adapter for [{base}](https://huggingface.co/{base})" if base else "A LoRA adapter for a local model"
     )
     return "\n".join(
         [
@@ -110,9 +108,7 @@ def _figures(plan: Plan, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if summary["first_loss"] is not None and summary["final_loss"] is not None:
         course = f"{summary['first_loss']:.4f} to {summary['final_loss']:.4f}"
-        figures.append(
-            ("training loss", f"{course} (means of first and last {summary['loss_span']:,} steps)")
-        )
+        figures.append(("training loss", f"{course} (means of first and last {summary['loss_span']:,} steps)"))
     if summary["first_eval_loss"] is not None and summary["final_eval_loss"] is not None:
         course = f"{summary['first_eval_loss']:.4f} to {summary['final_eval_loss']:.4f}"
         figures.append(("validation loss", f"{course} (first and last evaluation)"))

@@ -28,6 +28,10 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
     Raises:
         RunFolderError: a difference that matters; each is named with both values.
     """
+    if now.adapter is not None and now.adapter.path is not None and before.adapter is not None:
+        # Its settings came from the adapter that it went on from, and stand in the resolved config.
+        resolved = before.adapter.model_copy(update={"path": now.adapter.path})
+        now = now.model_copy(update={"adapter": resolved})
     old, new = _flat(before.model_dump(mode="json")), _flat(with_absolute_paths(now).model_dump(mode="json"))
     serious = [
         f"{key}: {_shown(old.get(key))} there, {_shown(new.get(key))} now"

@@ -76,7 +76,8 @@ def test_check_names_dropped_rows_and_counts_each_warning_once(plan: Plan) -> No
     data = replace(plan.data, warnings=plan.warnings)  # the planner passes the data's warnings on
     check = flat(render_check(replace(plan, data=data), 140))
     assert (
-        "13 dropped, answer empty: data/train.jsonl:88, data/train.jsonl:410, data/train.jsonl:1207 and 10 more" in check
+        "13 dropped, answer empty: data/train.jsonl:88, data/train.jsonl:410, data/train.jsonl:1207 and 10 more"
+        in check
     )
     assert check.endswith("ready, 1 warning")
     assert flat(render_check(replace(plan, warnings=()), 140)).endswith("ready")
