@@ -50,7 +50,7 @@ def build(folder: Path, layers: int) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"))
 
 
 def copy(folder: Path) -> dict[str, float]:

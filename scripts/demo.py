@@ -22,8 +22,8 @@ KINDS = ("lora", "qlora")
 HELDOUT = Path("scripts/demo/heldout.jsonl")
 SHOWN = 4
 
-# Matrices this small gain nothing from more than two threads, and where other programs want the cores as well,
-# threads that wait by spinning take ten times as long.
+# Two threads are what the demo promises to need. They don't spin while they wait: where other programs want the
+# cores as well, that makes work in small pieces like this several times slower.
 THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -1,7 +1,7 @@
 """Write the generated pages: docs/config.md and configs/schema.json from the schema, docs/architectures.md from proofs.
 
-    python scripts/docs.py            write them all (the architectures take about a minute)
-    python scripts/docs.py --check    exit 1 if the pages made from the schema aren't current; takes a second
+python scripts/docs.py            write them all (the architectures take about a minute)
+python scripts/docs.py --check    exit 1 if the pages made from the schema aren't current; takes a second
 """
 
 from __future__ import annotations

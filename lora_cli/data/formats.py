@@ -120,8 +120,8 @@ class RowReader:
             case "prompt_completion":
                 return self._prompt_completion(place, row)
             case "chat":
-                field = "conversations" if self._theirs("conversations") in row else "messages"
-                field = "messages" if self._theirs("messages") in row else field
+                sharegpt = self._theirs("conversations") in row and self._theirs("messages") not in row
+                field = "conversations" if sharegpt else "messages"
                 messages = self._messages(place, row, field)
                 return self._conversation(place, row, field, messages, 0)
 

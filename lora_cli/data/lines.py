@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from lora_cli.errors import DataError
 
+_BLOCK_BYTES = 2**16
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 # The first bytes of files that are often given a text file's name.
@@ -74,19 +76,52 @@ def open_binary(path: Path) -> IO[bytes]:
     if path.suffix == ".xz":
         return cast("IO[bytes]", lzma.open(path, "rb"))
     if path.suffix == ".zst":
-        return _zstandard(path)(path, "rb")
+        return cast("IO[bytes]", io.BufferedReader(_Zstandard(path), _BLOCK_BYTES))
     return open(path, "rb")
 
 
-def _zstandard(path: Path) -> Callable[[Path, str], IO[bytes]]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(
-            f"{path}: reading Zstandard needs a package that isn't installed",
-            remedy="Install it with: pip install zstandard",
-        ) from error
-    return cast("Callable[[Path, str], IO[bytes]]", zstandard.open)
+class _Zstandard(io.RawIOBase):
+    """A decompressed Zstandard file, which must end where a frame does: the library's own reader takes a cut one."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(
+                f"{path}: reading Zstandard needs a package that isn't installed",
+                remedy="Install it with: pip install zstandard",
+            ) from error
+        self._library = zstandard
+        self._file = open(path, "rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._frame.unused_data or self._file.read(_BLOCK_BYTES)
+            if self._frame.eof:
+                self._frame, self._begun = self._library.ZstdDecompressor().decompressobj(), False
+            if not packed:
+                if self._begun:
+                    raise EOFError("the file ends before its data does")
+                return 0
+            self._begun = True
+            try:
+                self._ready = memoryview(self._frame.decompress(packed))
+            except self._library.ZstdError as error:
+                raise OSError(str(error)) from error
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def _refuse_disguised(path: Path) -> None:

@@ -25,8 +25,8 @@ from lora_cli.data.chunks import Chunk, ChunkTokenizer, Job
 from lora_cli.data.tokenizing import PlacedRow
 from lora_cli.errors import DataError
 
-ROWS_WORTH_A_WORKER = 20_000
-"""A worker's start takes a few seconds, in which one process does about so many short rows."""
+ROWS_WORTH_A_WORKER = 50_000
+"""A worker's start takes a few seconds, in which one process does some 20,000 short rows."""
 MOST_WORKERS = 32
 
 

@@ -84,8 +84,10 @@ def draw(chart: Chart) -> str:
     low, high = _range(chart)
     down = _Scale(low, high, bottom, _TOP)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {chart.height}" role="img" aria-label="{escape(chart.name)}" '
-        f'data-first="{first}" data-last="{max(last, first + 1)}" data-left="{LEFT}" data-right="{RIGHT}">'
+        (
+            f'<svg viewBox="0 0 {WIDTH} {chart.height}" role="img" aria-label="{escape(chart.name)}" '
+            f'data-first="{first}" data-last="{max(last, first + 1)}" data-left="{LEFT}" data-right="{RIGHT}">'
+        )
     ]
     parts += [_row(chart.label(value), down(value)) for value in ticks(low, high, max(2, bottom // 32))]
     if chart.numbered:

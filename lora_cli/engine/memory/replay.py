@@ -41,7 +41,8 @@ def replay(trace: Trace, *, since: str = "load", capacity_bytes: int | None = No
         for name in marks.get(position, ()):
             if name == "empty cache":
                 allocator.empty_cache()
-            phase = name
+            else:
+                phase = name
         if position == start:
             allocator.reset_peaks()
             phases.clear()

@@ -181,3 +181,63 @@ def test_local_rows_need_no_datasets(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_zstandard(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    path = written(tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES))
+    assert [row for _, row in read(path)] == ROWS
+    frames = zstandard.ZstdCompressor().compress(LINES) + zstandard.ZstdCompressor().compress(LINES)
+    assert [row for _, row in read(written(tmp_path / "two.jsonl.zst", frames))] == ROWS * 2
+    big = zstandard.ZstdCompressor().compress(LINES * 5000)
+    assert len(read(written(tmp_path / "big.jsonl.zst", big))) == 15000
+    cut = written(tmp_path / "cut.jsonl.zst", zstandard.ZstdCompressor().compress(LINES * 1000)[:-9])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.zst: can't be read past line \d+: the file ends"):
+        read(cut)
+    plain = written(tmp_path / "plain.jsonl.zst", LINES)
+    with pytest.raises(DataError, match=r"plain\.jsonl\.zst: can't be read"):
+        read(plain)
+
+
+def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: reading Zstandard needs a package.*\n.*pip install zstandard"):
+        read(written(tmp_path / "a.jsonl.zst", b"\x28\xb5\x2f\xfd"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """What is asked of the hub, which answers from local files: `load_dataset` itself does the rest."""
+    import datasets
+
+    for name in ("train", "test"):
+        written(tmp_path / f"{name}.jsonl", LINES if name == "train" else LINES.splitlines(keepends=True)[0])
+    asked: list[dict[str, object]] = []
+    real = datasets.load_dataset
+
+    def answer(path: str, *, split: str | None, revision: str | None) -> object:
+        asked.append({"path": path, "split": split, "revision": revision})
+        if path != "someone/rows":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
+        files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+        return real("json", data_files=files, split=split, cache_dir=str(tmp_path / "hub"))
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    return asked
+
+
+def test_a_hub_id_with_split_and_revision(hub: list[dict[str, object]]) -> None:
+    source = open_source(Source(path="someone/rows", split="test", revision="abc123"))
+    assert hub == [{"path": "someone/rows", "split": "test", "revision": "abc123"}]
+    assert [row for _, row in source] == ROWS[:1]
+    assert source.around_number == ("someone/rows[test][", "]")
+    assert open_source(Source(path="someone/rows")).count() == 3  # of several splits, train
+    first, again = (open_source(Source(path="someone/rows", split="train")) for _ in range(2))
+    assert first.fingerprint() == again.fingerprint() != source.fingerprint()
+
+
+def test_what_the_hub_does_not_have(hub: list[dict[str, object]]) -> None:
+    with pytest.raises(DataError, match=r"nobody/none: neither a local path nor a data set on the hub.*\n.*/nobody/none"):
+        open_source(Source(path="nobody/none"))
+    with pytest.raises(DataError, match=r"someone/rows: datasets can't load it: .*dev.*\nCheck `split` and `revision`"):
+        open_source(Source(path="someone/rows", split="dev"))
