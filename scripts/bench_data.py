@@ -6,8 +6,9 @@
 
 Both read the same JSON Lines file from disk and end with token ids on disk. `datasets.map` renders each conversation
 with the chat template and tokenizes in batches of 1,000, which is what a tutorial writes; it makes no loss mask.
-lora makes the mask, accounts for every row and looks for duplicates. Each runs in a process of its own; the memory is
-the process's peak resident size less what it had after its imports.
+lora makes the mask, accounts for every row and looks for duplicates. Both may use as many processes as lora would.
+The memory is the peak resident size of the process less what it had after its imports; that of a worker is all of it,
+imports included.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import time
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from lora_cli.data.parallel import workers_for
 
 WORDS = (
     "the",
@@ -61,11 +64,17 @@ def main() -> None:
         make_rows(folder / "rows.jsonl", arguments.rows)
         make_tokenizer(folder / "tokenizer")
         results = {one: run(one, folder) for one in ("lora", "datasets")}
-    print(f"{arguments.rows:,} rows, {results['lora']['tokens']:,} tokens, {os.cpu_count()} cores")
+    processes = workers_for(arguments.rows)
+    print(
+        f"{arguments.rows:,} rows, {results['lora']['tokens']:,} tokens, {processes} processes, {os.cpu_count()} cores"
+    )
     for name, result in results.items():
         rate = arguments.rows / result["seconds"]
         memory = result["memory_bytes"] / 2**20
-        print(f"  {name:<9}{rate:>9,.0f} rows/s  {result['seconds']:>7.1f} s  {memory:>7.0f} MiB")
+        worker = result["worker_bytes"] / 2**20
+        print(
+            f"  {name:<9}{rate:>9,.0f} rows/s  {result['seconds']:>7.1f} s  {memory:>7.0f} MiB, {worker:.0f} a worker"
+        )
     print(f"  again    {results['lora']['again_seconds']:.2f} s from lora's cache")
     print(f"  ratio    {results['datasets']['seconds'] / results['lora']['seconds']:.2f}")
     assert results["lora"]["tokens"] == results["datasets"]["tokens"], "both must tokenize the same text"
@@ -113,7 +122,13 @@ def tokenize_with_lora(folder: Path) -> dict[str, Any]:
     load_examples(data, tokenizer, frozenset({tokenizer.eos_token_id}), seed=1)
     again = time.perf_counter() - start
     tokens = examples.account.num_tokens
-    return {"seconds": seconds, "again_seconds": again, "memory_bytes": memory, "tokens": tokens}
+    return {
+        "seconds": seconds,
+        "again_seconds": again,
+        "memory_bytes": memory,
+        "worker_bytes": worker_bytes(),
+        "tokens": tokens,
+    }
 
 
 def tokenize_with_datasets(folder: Path) -> dict[str, Any]:
@@ -129,13 +144,21 @@ def tokenize_with_datasets(folder: Path) -> dict[str, Any]:
 
     before, start = peak_bytes(), time.perf_counter()
     rows = datasets.load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")
-    table = rows.map(tokenized, batched=True, batch_size=BATCH, remove_columns=["messages"])
+    processes = workers_for(len(rows))
+    options = {"num_proc": processes} if processes > 1 else {}
+    table = rows.map(tokenized, batched=True, batch_size=BATCH, remove_columns=["messages"], **options)
     seconds, memory = time.perf_counter() - start, peak_bytes() - before
-    return {"seconds": seconds, "memory_bytes": memory, "tokens": sum(len(ids) for ids in table["input_ids"])}
+    tokens = sum(len(ids) for ids in table["input_ids"])
+    return {"seconds": seconds, "memory_bytes": memory, "worker_bytes": worker_bytes(), "tokens": tokens}
 
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def worker_bytes() -> int:
+    """Of the largest child that has ended."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

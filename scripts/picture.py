@@ -69,7 +69,7 @@ def copy(screen: pyte.Screen) -> list[list[pyte.screens.Char]]:
 
 def draw(title: str, screens: list[list[list[pyte.screens.Char]]]) -> str:
     """Screens below one another, in one SVG."""
-    live = [line for line in screens[0][-2:]]
+    live = screens[0][-2:]
     rows = [*screens[1]]
     width = round(COLUMNS * COLUMN_WIDTH + 2 * MARGIN)
     height = (len(rows) + len(live) + 6) * LINE_HEIGHT + 2 * MARGIN

@@ -140,8 +140,6 @@ def two_steps(
     tracer.phase = "forward"
     tracer.keep_workspace(workspace)  # cuBLAS of this thread; the autograd thread's comes with the first backward
     for step in (1, 2):
-        if step == 2:
-            tracer.trace.mark("empty cache")  # not in the recipe's words; all rows' reserved memory speaks for it
         tracer.trace.mark(f"step {step}")
         tracer.trace.mark("forward")
         output = model(input_ids=ids, labels=ids)

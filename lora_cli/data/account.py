@@ -77,13 +77,14 @@ def account_of(
     duplicates: Sequence[str] = (),
     warnings: Sequence[str] = (),
 ) -> DataAccount:
-    """The account of all sources together; tokens are those of an epoch."""
+    """The account of all sources together; tokens are those of an epoch, the first where weights draw."""
     tallies = [source.tally for source in sources]
     reasons: dict[str, tuple[str, ...]] = {}
     for source in sources:
         for reason, numbers in source.tally.dropped.items():
             reasons[reason] = reasons.get(reason, ()) + tuple(source.place(number) for number in numbers)
-    tokens, supervised = int(examples.offsets[-1]), int(examples.supervised.sum())
+    epoch = slice(None) if examples.draw is None else examples.draw.epoch(0)
+    tokens, supervised = int(examples.lengths[epoch].sum()), int(examples.supervised[epoch].sum())
     longest = max(sources, key=lambda source: source.tally.longest_seen)
     truncated = [source.place(number) for source in sources for number in source.tally.truncated[:FEW_PLACES]]
     return DataAccount(

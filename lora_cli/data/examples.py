@@ -1,4 +1,4 @@
-"""Tokenized examples.
+"""Tokenized examples, laid end to end.
 
 The values that the rest of the tool trains and scores on. The arrays may be memory-mapped files. Knows
 nothing about where they came from beyond the place of each row.
@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.data.order import Drawing
 from lora_cli.plan import DataAccount
 
 
@@ -62,8 +63,8 @@ class Examples:
     """A hash of the content."""
     truncated: NDArray[np.int64] = field(default_factory=_no_indices)
     """Indices of the examples that lost their end."""
-    starts: NDArray[np.int64] | None = None
-    """[n], where in the arrays each example begins; None where they are laid end to end."""
+    draw: Drawing | None = None
+    """Which of the examples each epoch has, where sources have weights; None where it has all."""
     counts: NDArray[np.int64] | None = None
     """[n], trained tokens of each example, where they are known."""
 
@@ -83,8 +84,7 @@ class Examples:
         return np.array([self.example(index).trained.sum() for index in range(len(self))], dtype=np.int64)
 
     def example(self, index: int) -> Example:
-        start = self.offsets[index] if self.starts is None else self.starts[index]
-        stop = start + self.lengths[index]
+        start, stop = self.offsets[index], self.offsets[index + 1]
         return Example(self.input_ids[start:stop], self.trained[start:stop])
 
 

@@ -23,7 +23,7 @@ from lora_cli.data.chunks import ChunkTokenizer, Job, Progress, collect, in_chun
 from lora_cli.data.examples import Examples, Joined, PickedPlaces, RowPlaces
 from lora_cli.data.files import File, Row, Rows
 from lora_cli.data.formats import RowReader, find_format
-from lora_cli.data.mixing import drawn, fingerprint, held_out
+from lora_cli.data.mixing import Draw, fingerprint, held_out
 from lora_cli.data.parallel import tokenize_in_parallel, workers_for
 from lora_cli.data.sources import open_source
 from lora_cli.data.store import Arrays, ArrayStore
@@ -268,35 +268,31 @@ def _together(
     duplicates: Sequence[str],
     warnings: Sequence[str] = (),
 ) -> Examples:
-    """All parts as one, drawn by weight where the sources have weights. No token is copied."""
-    counts = [part.tally.examples for part in parts]
+    """All parts as one. No token is copied."""
+    counts = tuple(part.tally.examples for part in parts)
     hints = list(warnings)
-    picked: NDArray[np.int64] | None = None
+    draw: Draw | None = None
     if any(weight is not None for weight in weights):
         if any(weight is None for weight in weights):
             raise DataError(
                 "data.train: some sources have a weight and some have none",
                 remedy="Give every source a weight, or none.",
             )
-        picked = drawn(counts, [weight for weight in weights if weight is not None], seed)
-        hints += _shares(parts, counts, picked)
-    lengths = _over_all(parts, "lengths", picked)
-    starts = np.cumsum([0, *_over_all(parts, "lengths", None)])[:-1]
-    chosen = np.arange(sum(counts)) if picked is None else picked
+        draw = Draw(counts, tuple(weight for weight in weights if weight is not None), seed)
+        hints += _shares(parts, counts, draw.epoch(0))
     before = np.cumsum([0, *counts])
-    cut = np.concatenate([start + part.arrays["truncated"] for start, part in zip(before, parts, strict=False)])
     examples = Examples(
         input_ids=_joined(parts, "input_ids"),
         trained=_joined(parts, "trained"),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        places=parts[0].places
-        if len(parts) == 1 and picked is None
-        else PickedPlaces([p.places for p in parts], chosen),
+        offsets=np.cumsum([0, *_over_all(parts, "lengths")]),
+        places=parts[0].places if len(parts) == 1 else PickedPlaces([p.places for p in parts], np.arange(sum(counts))),
         account=DataAccount(0, 0, 0, 0, 0, 0, 0, 0),
-        fingerprint=fingerprint([part.fingerprint for part in parts], picked),
-        truncated=np.flatnonzero(np.isin(chosen, cut)),
-        starts=None if picked is None else starts[picked],
-        counts=_over_all(parts, "supervised", picked),
+        fingerprint=fingerprint([part.fingerprint for part in parts], draw),
+        truncated=np.concatenate(
+            [start + part.arrays["truncated"] for start, part in zip(before, parts, strict=False)]
+        ),
+        draw=draw,
+        counts=_over_all(parts, "supervised"),
     )
     account = account_of(_tallies(parts), examples, max_length=data.max_length, duplicates=duplicates, warnings=hints)
     return replace(examples, account=account)
@@ -308,10 +304,10 @@ def _joined(parts: Sequence[Part], name: str) -> NDArray[Any] | Joined:
     return arrays[0] if len(arrays) == 1 else Joined(arrays)
 
 
-def _over_all(parts: Sequence[Part], name: str, picked: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """A per-example array of all parts, in the order of the pick."""
+def _over_all(parts: Sequence[Part], name: str) -> NDArray[np.int64]:
+    """A per-example array of all parts."""
     whole: NDArray[np.int64] = np.concatenate([part.arrays[name] for part in parts]).astype(np.int64)
-    return whole if picked is None else whole[picked]
+    return whole
 
 
 def _shares(parts: Sequence[Part], counts: Sequence[int], picked: NDArray[np.int64]) -> list[str]:
@@ -322,7 +318,7 @@ def _shares(parts: Sequence[Part], counts: Sequence[int], picked: NDArray[np.int
         times = int(((picked >= start) & (picked < stop)).sum())
         name = part.source.rows.name
         if times < count:
-            found.append(f"{name}: its weight leaves {count - times:,} of {count:,} examples out")
+            found.append(f"{name}: its weight leaves {count - times:,} of {count:,} examples out of an epoch")
         elif times > count:
             found.append(f"{name}: its weight repeats its examples {times / count:.2f} times an epoch")
     return found

@@ -8,6 +8,7 @@ an example is.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,17 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
-def step_examples(step: int, *, seed: int, count: int, batch_size: int) -> NDArray[np.int64]:
+class Drawing(Protocol):
+    """What picks an epoch's examples where sources have weights."""
+
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        """As many indices as there are examples."""
+
+
+def step_examples(
+    step: int, *, seed: int, count: int, batch_size: int, draw: Drawing | None = None
+) -> NDArray[np.int64]:
     """The examples of a step. Steps count from 1, over all epochs."""
     epoch, place = divmod(step - 1, steps_per_epoch(count, batch_size))
-    return epoch_order(seed, epoch, count)[place * batch_size : (place + 1) * batch_size]
+    chosen = epoch_order(seed, epoch, count)[place * batch_size : (place + 1) * batch_size]
+    return chosen if draw is None else draw.epoch(epoch)[chosen]

@@ -29,7 +29,8 @@ def changes_that_fit(question: Question, need: Need) -> tuple[Change, ...]:
         after = question.rehearsals.need(_with(before.config, changes), need.target)
         if after.process_bytes >= before.process_bytes:
             continue
-        settings = [s for s in settings if s.partition("=")[0] != setting.partition("=")[0]] + [setting]
+        keys = {key for key, _, _ in (item.partition("=") for item in setting)}
+        settings = [item for item in settings if item.partition("=")[0] not in keys] + list(setting)
         fits = after.fits(card_bytes)
         saves = before.process_bytes - after.process_bytes
         found.append(Change(tuple(settings), after.process_bytes_on(card_bytes), saves, costs, fits))
@@ -39,34 +40,33 @@ def changes_that_fit(question: Question, need: Need) -> tuple[Change, ...]:
     return tuple(found)
 
 
-def _steps(config: Config) -> Iterator[tuple[str, str, Changes]]:
-    """Settings that save memory, the cheapest first: the `--set` argument, what it costs, and the change."""
+def _steps(config: Config) -> Iterator[tuple[tuple[str, ...], str, Changes]]:
+    """Settings that save memory, the cheapest first: the `--set` arguments, what they cost, and the change."""
     train, model, data = config.train, config.model, config.data
     if train.loss == "full":
-        yield "train.loss=chunked", "same result", {"train": {"loss": "chunked"}}
+        yield ("train.loss=chunked",), "same result", {"train": {"loss": "chunked"}}
     tokens = int(train.micro_batch_tokens)
     while tokens > data.max_length:
         tokens = max(data.max_length, tokens // 2)
-        yield f"train.micro_batch_tokens={tokens}", "same result", {"train": {"micro_batch_tokens": tokens}}
+        yield (f"train.micro_batch_tokens={tokens}",), "same result", {"train": {"micro_batch_tokens": tokens}}
     if not train.gradient_checkpointing:
         setting = "train.gradient_checkpointing=true"
-        yield setting, "same result, a third more time", {"train": {"gradient_checkpointing": True}}
+        yield (setting,), "same result, a third more time", {"train": {"gradient_checkpointing": True}}
     if train.optim in ("adamw_torch", "adamw_torch_fused"):
-        yield "train.optim=adamw_8bit", "optimizer state in 8 bits", {"train": {"optim": "adamw_8bit"}}
+        yield ("train.optim=adamw_8bit",), "optimizer state in 8 bits", {"train": {"optim": "adamw_8bit"}}
     if config.adapter is not None and model.quantization is None:
         nf4 = QuantizationConfig(type="nf4")
-        yield "model.quantization={type: nf4}", "base weights in 4 bits", {"model": {"quantization": nf4}}
+        yield ("model.quantization={type: nf4}",), "base weights in 4 bits", {"model": {"quantization": nf4}}
     elif model.quantization is not None and not model.quantization.double_quant and model.quantization.type != "int8":
         twice = model.quantization.model_copy(update={"double_quant": True})
-        yield "model.quantization.double_quant=true", "scales in 8 bits", {"model": {"quantization": twice}}
+        yield ("model.quantization.double_quant=true",), "scales in 8 bits", {"model": {"quantization": twice}}
     length = data.max_length
     while length > 256:
         length //= 2
-        changes: Changes = {
-            "data": {"max_length": length},
-            "train": {"micro_batch_tokens": min(length, int(train.micro_batch_tokens))},
-        }
-        yield f"data.max_length={length}", "longer examples lose their end", changes
+        tokens = min(length, int(train.micro_batch_tokens))
+        changes: Changes = {"data": {"max_length": length}, "train": {"micro_batch_tokens": tokens}}
+        settings = (f"train.micro_batch_tokens={tokens}", f"data.max_length={length}")
+        yield settings, "longer examples lose their end", changes
 
 
 def _with(config: Config, changes: Changes) -> Config:

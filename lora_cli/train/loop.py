@@ -90,7 +90,11 @@ class Loop:
     def take_step(self, step: int) -> None:
         """One optimizer step, in smaller micro-batches when memory runs out; its figures into the position."""
         indices = step_examples(
-            step, seed=self.config.train.seed, count=len(self.train), batch_size=self.config.train.batch_size
+            step,
+            seed=self.config.train.seed,
+            count=len(self.train),
+            batch_size=self.config.train.batch_size,
+            draw=self.train.draw,
         )
         num_supervised = int(self.train.supervised[indices].sum())
         num_tokens = int(self.train.lengths[indices].sum())

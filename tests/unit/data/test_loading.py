@@ -20,6 +20,7 @@ from lora_cli.data.cache import Cache, cache_folder
 from lora_cli.data.examples import Examples, Joined
 from lora_cli.data.loading import load_examples
 from lora_cli.data.mixing import drawn, held_out
+from lora_cli.data.order import step_examples
 from lora_cli.data.parallel import MOST_WORKERS, workers_for
 from lora_cli.data.store import ArrayStore
 from lora_cli.errors import DataError
@@ -281,25 +282,37 @@ def test_weights_are_shares_of_the_epoch(write_rows: WriteRows) -> None:
     large = write_rows(*(chat(f"l {n}", "a") for n in range(90)), name="large.jsonl")
     data = config([{"path": str(small), "weight": 0.5}, {"path": str(large), "weight": 0.5}])
     examples, _ = load(data)
-    counts = Counter(place.split(":")[0] for place in examples.places)
-    assert counts == {"small.jsonl": 50, "large.jsonl": 50}
-    assert max(Counter(examples.places).values()) == 5  # whole repeats: none more often than another
-    assert examples.account.rows == 100
-    assert examples.lengths.sum() == examples.offsets[-1] == examples.account.num_tokens
+    assert examples.draw is not None
+    assert (len(examples), examples.account.rows) == (100, 100)
+    for epoch in range(3):
+        places = [examples.places[index] for index in examples.draw.epoch(epoch)]
+        assert Counter(place.split(":")[0] for place in places) == {"small.jsonl": 50, "large.jsonl": 50}
+        assert max(Counter(places).values()) == 5  # whole repeats: none more often than another
+    first, second = (set(examples.draw.epoch(epoch).tolist()) for epoch in (0, 1))
+    assert first != second  # what one epoch leaves out, another has
+    picked = examples.draw.epoch(0)
+    assert examples.account.num_tokens == examples.lengths[picked].sum()
+    assert examples.account.num_supervised_tokens == examples.supervised[picked].sum()
     assert examples.supervised.tolist() == [int(examples.example(i).trained.sum()) for i in range(len(examples))]
-    for index in (0, 49, 50, 99):  # gathered from the right place
+    for index in (0, 9, 10, 99):  # gathered from the right place
         place = examples.places[index]
         line = int(place.split(":")[1])
         assert f"\n{place[0]} {line - 1}<|im_end|>" in texts(examples)[index]
+    steps = [step_examples(step, seed=1, count=100, batch_size=30, draw=examples.draw) for step in range(5, 9)]
+    assert sorted(np.concatenate(steps).tolist()) == sorted(examples.draw.epoch(1).tolist())
     assert any("repeats its examples 5.00 times" in warning for warning in examples.account.warnings)
     with pytest.raises(DataError, match="some sources have a weight"):
         load(config([{"path": str(small), "weight": 0.5}, {"path": str(large)}]))
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 10)), min_size=1, max_size=5), st.integers(0, 3))
-def test_draws_keep_the_length_and_the_shares(sources: list[tuple[int, float]], seed: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 10)), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.integers(0, 9),
+)
+def test_draws_keep_the_length_and_the_shares(sources: list[tuple[int, float]], seed: int, epoch: int) -> None:
     counts, weights = [count for count, _ in sources], [weight for _, weight in sources]
-    picked = drawn(counts, weights, seed)
+    picked = drawn(counts, weights, seed, epoch)
     assert len(picked) == sum(counts)
     edges = np.cumsum([0, *counts])
     for index, weight in enumerate(weights):
@@ -307,6 +320,12 @@ def test_draws_keep_the_length_and_the_shares(sources: list[tuple[int, float]], 
         assert abs(len(own) - sum(counts) * weight / sum(weights)) < 1
         times = np.bincount(own - edges[index], minlength=counts[index])
         assert times.max() - times.min() <= 1
+
+
+def test_epochs_take_turns_with_what_a_weight_leaves_out() -> None:
+    """A tenth of a source an epoch: after ten epochs all of it was seen, and nothing twice."""
+    seen = np.concatenate([draw[draw < 100] for draw in (drawn([100, 100], [0.05, 0.95], 3, e) for e in range(10))])
+    assert sorted(seen.tolist()) == list(range(100))
 
 
 # The cache

@@ -237,7 +237,9 @@ def test_a_hub_id_with_split_and_revision(hub: list[dict[str, object]]) -> None:
 
 
 def test_what_the_hub_does_not_have(hub: list[dict[str, object]]) -> None:
-    with pytest.raises(DataError, match=r"nobody/none: neither a local path nor a data set on the hub.*\n.*/nobody/none"):
+    with pytest.raises(
+        DataError, match=r"nobody/none: neither a local path nor a data set on the hub.*\n.*/nobody/none"
+    ):
         open_source(Source(path="nobody/none"))
     with pytest.raises(DataError, match=r"someone/rows: datasets can't load it: .*dev.*\nCheck `split` and `revision`"):
         open_source(Source(path="someone/rows", split="dev"))
