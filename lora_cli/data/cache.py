@@ -151,10 +151,10 @@ def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @lru_cache(maxsize=1)
-def code_version() -> str:
-    """A hash of the code that tokenized data depends on, ours and the libraries'."""
+def code_version(folder: Path = Path(__file__).parent) -> str:
+    """A hash of the code that tokenized data depends on, ours (this folder) and the libraries'."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())
     for package in ("transformers", "tokenizers", "jinja2"):
         digest.update(version(package).encode())

@@ -92,7 +92,7 @@ class _Zstandard(io.RawIOBase):
                 remedy="Install it with: pip install zstandard",
             ) from error
         self._library = zstandard
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 - closed when this is
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun = False
         self._ready = memoryview(b"")

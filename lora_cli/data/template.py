@@ -138,6 +138,12 @@ class ChatTemplate:
             )
         turn = Turn(text, start, stop, end, append)
         if prompt is None or text.startswith(prompt):
+            between = text[len(prompt or "") : start].strip()
+            if prompt is not None and between:
+                self.notes["between"] = (
+                    f"the chat template writes {between!r} between the prompt that generation starts from and an "
+                    "answer without thinking; it is not trained"
+                )
             return turn
         return self._behind_prompt(turn, prompt, messages, tools)
 

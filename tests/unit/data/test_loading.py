@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+import lora_cli.data.cache
 from lora_cli.config import DataConfig
 from lora_cli.data.account import histogram
-from lora_cli.data.cache import Cache, cache_folder
+from lora_cli.data.cache import Cache, cache_folder, code_version
 from lora_cli.data.examples import Examples, Joined
 from lora_cli.data.loading import load_examples
 from lora_cli.data.mixing import drawn, held_out
@@ -393,6 +395,26 @@ def test_the_cache_misses_when_anything_changes(
     assert missed(base)
     monkeypatch.setattr("lora_cli.data.loading.code_version", lambda: "another")
     assert missed(base)
+
+
+def test_the_version_of_the_code_is_that_of_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(Path(lora_cli.data.cache.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    assert code_version(folder) == code_version()
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "template.py").write_text((folder / "template.py").read_text() + "\n# changed\n")
+    assert code_version(changed) != code_version()
+
+
+def test_a_date_in_the_template_does_not_age_the_cache(write_rows: WriteRows, cache: Path) -> None:
+    """A template that writes today's date is told a fixed one, so tomorrow's run finds today's rows."""
+    tokenizer, stops = tokenizer_of(BY_NAME["llama3.2"])
+    data = config(write_rows(chat("q", "a")), cache=True)
+    first, _ = load_examples(data, tokenizer, stops, seed=1)
+    again, _ = load_examples(data, tokenizer, stops, seed=1)
+    assert len(entries(cache)) == 1
+    assert "Today Date: 26 Jul 2024" in texts(again, tokenizer)[0]
+    assert any("writes today's date" in warning for warning in first.account.warnings)
 
 
 def test_a_damaged_entry_is_made_anew(write_rows: WriteRows, cache: Path) -> None:
