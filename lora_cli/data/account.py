@@ -76,6 +76,7 @@ def account_of(
     max_length: int,
     duplicates: Sequence[str] = (),
     warnings: Sequence[str] = (),
+    validation: bool = False,
 ) -> DataAccount:
     """The account of all sources together; tokens are those of an epoch, the first where weights draw."""
     tallies = [source.tally for source in sources]
@@ -86,6 +87,7 @@ def account_of(
     epoch = slice(None) if examples.draw is None else examples.draw.epoch(0)
     tokens, supervised = int(examples.lengths[epoch].sum()), int(examples.supervised[epoch].sum())
     longest = max(sources, key=lambda source: source.tally.longest_seen)
+    found = [*_warnings(sources, max_length, tokens, supervised), *_repeated(duplicates)]
     truncated = [source.place(number) for source in sources for number in source.tally.truncated[:FEW_PLACES]]
     return DataAccount(
         rows=sum(tally.rows for tally in tallies),
@@ -97,7 +99,11 @@ def account_of(
         longest=int(examples.lengths.max(initial=0)),
         longest_seen=longest.tally.longest_seen,
         reasons=reasons,
-        warnings=(*_warnings(sources, max_length, tokens, supervised), *_repeated(duplicates), *warnings),
+        warnings=(
+            *(f"{'validation: ' if validation else ''}{counted}" for counted in found),
+            *warnings,
+            *dict.fromkeys(text for tally in tallies for text in tally.notes.values()),
+        ),
         longest_place=longest.place(longest.tally.longest_row) if longest.tally.longest_seen else None,
         truncated_places=tuple(truncated[:FEW_PLACES]),
         duplicates=len(duplicates),
@@ -160,8 +166,7 @@ def _warnings(sources: Sequence[SourceTally], max_length: int, tokens: int, supe
     if spelled:
         what = "1 row spells" if len(spelled) == 1 else f"{len(spelled):,} rows spell"
         found.append(f"{what} control tokens, kept as plain text; the first is {spelled[0]}")
-    notes = {text: None for tally in tallies for text in tally.notes.values()}
-    return found + list(notes)
+    return found
 
 
 def _repeated(duplicates: Sequence[str]) -> list[str]:

@@ -117,7 +117,7 @@ def load_examples(
         return train_examples, None
     refuse_nothing("data.validation", _tallies(validation))
     overlap = _also_in(train, validation)
-    return train_examples, _together(validation, data, [None], seed, _duplicates(validation), overlap)
+    return train_examples, _together(validation, data, [None], seed, _duplicates(validation), overlap, validation=True)
 
 
 def set_chat_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -267,6 +267,8 @@ def _together(
     seed: int,
     duplicates: Sequence[str],
     warnings: Sequence[str] = (),
+    *,
+    validation: bool = False,
 ) -> Examples:
     """All parts as one. No token is copied."""
     counts = tuple(part.tally.examples for part in parts)
@@ -294,7 +296,14 @@ def _together(
         draw=draw,
         counts=_over_all(parts, "supervised"),
     )
-    account = account_of(_tallies(parts), examples, max_length=data.max_length, duplicates=duplicates, warnings=hints)
+    account = account_of(
+        _tallies(parts),
+        examples,
+        max_length=data.max_length,
+        duplicates=duplicates,
+        warnings=hints,
+        validation=validation,
+    )
     return replace(examples, account=account)
 
 

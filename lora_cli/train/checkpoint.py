@@ -29,6 +29,9 @@ _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 
+LOSS_SPAN = 50
+"""Steps at the start and at the end of a run whose mean loss its summary gives."""
+
 
 @dataclass
 class Position:
@@ -49,8 +52,10 @@ class Position:
     window_tokens: int = 0
     window_supervised: int = 0
     window_seconds: float = 0.0
-    step_losses: list[list[float]] = field(default_factory=list)
-    """[loss sum, supervised tokens] of each step so far, for the summary's first and last means."""
+    steps_counted: int = 0
+    first_losses: list[list[float]] = field(default_factory=list)
+    last_losses: list[list[float]] = field(default_factory=list)
+    """[loss sum, supervised tokens] of the first and last `LOSS_SPAN` steps, for the summary's means."""
     eval_losses: list[list[float]] = field(default_factory=list)
     """[step, loss] of each evaluation."""
     best_eval_loss: float | None = None
@@ -60,6 +65,13 @@ class Position:
     metrics_bytes: int = 0
     """Where metrics.jsonl ended."""
     threads: int = 0
+
+    def note_loss(self, loss_sum: float, supervised: int) -> None:
+        """Remember a step's loss as long as it may be among the first or the last."""
+        self.steps_counted += 1
+        if len(self.first_losses) < LOSS_SPAN:
+            self.first_losses.append([loss_sum, supervised])
+        self.last_losses = [*self.last_losses, [loss_sum, supervised]][-LOSS_SPAN:]
 
 
 def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fingerprint: str) -> Path:

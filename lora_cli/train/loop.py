@@ -10,9 +10,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from lora_cli.report.events import Emit, Evaluated, Logged, Measured, Resumed, S
 from lora_cli.runs.folder import RunFolder
 from lora_cli.train.checkpoint import Position, prune_checkpoints, save_checkpoint
 from lora_cli.train.memory import peak_memory_bytes
+from lora_cli.train.signals import StopSignals
 from lora_cli.train.trackers import Trackers
 
 SKIPS_BEFORE_GIVING_UP = 3
@@ -54,7 +53,7 @@ class Loop:
     emit: Emit
     trackers: Trackers
     stopped: str | None = None
-    _signal: int | None = field(default=None, init=False)
+    _signals: StopSignals = field(default_factory=StopSignals, init=False)
     _saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def run(self) -> None:
@@ -70,7 +69,7 @@ class Loop:
             self.emit(Resumed(position.step, self.folder.checkpoint(position.step)))
         elif self.validation is not None:
             self.evaluate()  # where the base stands
-        with self._listening():
+        with self._signals.listening():
             while position.step < total and self.stopped is None:
                 self.take_step(position.step + 1)
                 last = position.step == total
@@ -200,7 +199,7 @@ class Loop:
             position.window_loss += result.loss * supervised
             position.window_tokens += tokens
             position.window_supervised += supervised
-            position.step_losses.append([result.loss * supervised, supervised])
+            position.note_loss(result.loss * supervised, supervised)
         if step == min(STEPS_BEFORE_MEASURED, total):
             self.emit(Measured(self._seconds_left()))
         self.emit(
@@ -224,7 +223,7 @@ class Loop:
         """A non-finite step: said, counted, and after a few in a row the end."""
         self.position.skipped_in_a_row += 1
         self._write({"step": step, "skipped": True})
-        what = "loss" if result.loss != result.loss or abs(result.loss) == float("inf") else "gradient"
+        what = "gradient" if math.isfinite(result.loss) else "loss"
         named = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         self.emit(Warned(f"step {step:,}: the {what} is not finite; the step was skipped. Its rows: {named}"))
         if self.position.skipped_in_a_row >= SKIPS_BEFORE_GIVING_UP:
@@ -284,30 +283,11 @@ class Loop:
             self.folder.append_metrics(metrics)
             self.trackers.log(metrics)
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop the run after the step at hand; a second SIGINT stops it at once."""
-
-        def notice(number: int, frame: FrameType | None) -> None:
-            if self._signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._signal = number
-
-        try:
-            before = {number: signal.signal(number, notice) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread: whoever runs us there listens to signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _stop_if_asked(self) -> None:
-        if not self.world.any(self._signal is not None):
+        if not self.world.any(self._signals.received is not None):
             return
         self.save()  # and no line of metrics: the window goes on where the run does
-        number = self._signal or signal.SIGTERM  # another process's signal, where this one had none
+        number = self._signals.received or signal.SIGTERM  # another process's signal, where this one had none
         raise Interrupted(
             number,
             f"stopped by {signal.Signals(number).name} after step {self.position.step:,}; checkpoint written",

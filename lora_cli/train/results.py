@@ -24,6 +24,7 @@ from lora_cli.report.svg import Mark
 from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
 from lora_cli.runs.folder import RunFolder
+from lora_cli.train.checkpoint import LOSS_SPAN
 from lora_cli.train.loop import Loop
 from lora_cli.train.memory import peak_memory_bytes
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 SAMPLES = 5
 SAMPLE_TOKENS = 64
-LOSS_SPAN = 50
 
 
 def write_results(
@@ -85,8 +85,7 @@ def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepare
 
 def _summary(folder: RunFolder, prepared: Prepared, loop: Loop) -> Summary:
     position = loop.position
-    losses = position.step_losses
-    span = min(LOSS_SPAN, max(1, len(losses) // 2))
+    span = min(LOSS_SPAN, max(1, position.steps_counted // 2))
     evaluations = position.eval_losses
     return Summary(
         steps=position.step,
@@ -94,8 +93,8 @@ def _summary(folder: RunFolder, prepared: Prepared, loop: Loop) -> Summary:
         num_supervised_tokens=position.num_supervised_tokens,
         train_seconds=position.train_seconds,
         tokens_per_second=position.num_tokens / max(position.train_seconds, 1e-9),
-        first_loss=_mean(losses[:span]),
-        final_loss=_mean(losses[-span:]),
+        first_loss=_mean(position.first_losses[:span]),
+        final_loss=_mean(position.last_losses[-span:]),
         loss_span=span,
         first_eval_loss=evaluations[0][1] if evaluations else None,
         final_eval_loss=evaluations[-1][1] if evaluations else None,
