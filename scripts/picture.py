@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import sys
 import tempfile
@@ -21,15 +22,20 @@ import pyte
 
 COLUMNS, LINES = 96, 48
 LINE_HEIGHT, COLUMN_WIDTH, MARGIN = 18, 8.43, 16
+PERCENT = re.compile(r"(\d+) %  epoch")
 COLOURS = {"red": "#c4314b", "green": "#2d7d46", "yellow": "#a15c00", "brown": "#a15c00", "cyan": "#0b6e99"}
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "run.svg"
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE = ROOT / "docs" / "run.svg"
 
 
 def main() -> None:
     config = sys.argv[1]
     with tempfile.TemporaryDirectory() as folder:
-        screens = watch(["-m", "lora_cli", "train", config, "--output-dir", str(Path(folder) / "dates")])
-    PICTURE.write_text(draw(f"lora train {config}", screens), encoding="utf-8")
+        for name in ("configs", "scripts", ".demo", "lora_cli"):
+            (Path(folder) / name).symlink_to(ROOT / name)
+        os.chdir(folder)
+        screens = watch(["-m", "lora_cli", "train", config, "--output-dir", "runs/dates"])
+    PICTURE.write_text(draw(f"lora train {config} --output-dir runs/dates", screens), encoding="utf-8")
     print(f"wrote {PICTURE}")
 
 
@@ -52,7 +58,7 @@ def watch(arguments: list[str]) -> list[list[list[pyte.screens.Char]]]:
             if not data:
                 break
             stream.feed(data)
-        if not half and any(" 6" in line and " %  epoch" in line for line in screen.display):
+        if not half and any(int(found[1]) >= 60 for line in screen.display if (found := PERCENT.search(line))):
             half = copy(screen)
     os.waitpid(child, 0)
     time.sleep(0.1)
