@@ -18,8 +18,11 @@ from lora_cli.data.examples import Examples
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import steps_per_epoch
 from lora_cli.data.preview import Preview, packed, preview_examples
+from lora_cli.engine.memory.context import context_bytes
+from lora_cli.engine.memory.settling import UNASKED_TOKENS, Settled, settle_memory
 from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove
+from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter, unreached_by_all_linear
 from lora_cli.model.architecture import build_on_meta, read_architecture
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": UNASKED_TOKENS}
+"""What `micro_batch_tokens: auto` is where the estimator isn't asked: on a CPU, and outside training."""
 OPTIMIZER_BYTES = {"sgd": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 """Bytes of optimizer state per trainable parameter; 8 where not named (two float32 moments)."""
 
@@ -132,7 +136,8 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
         attn_implementation=config.model.attn_implementation,
         wanted_loss=config.train.loss,
     )
-    resolved = _resolve(config, device, proof)
+    settled = _settle(_resolve(config, device, proof), architecture, proof, device, emit)
+    resolved = settled.config
     steps = _steps(resolved, len(train))
     plan = Plan(
         model=_facts(resolved, architecture, model, parameters, reach),
@@ -150,7 +155,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
             dropout=largest_dropout(model),
             notes=proof.notes,
         ),
-        memory=None,
+        memory=settled.memory,
         writes=_writes(resolved, parameters.trainable, steps),
         warnings=(
             *position_warnings,
@@ -158,6 +163,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
             *train.account.warnings,
             *(validation.account.warnings if validation else ()),
             *_dropout_warnings(model),
+            *([settled.warning] if settled.warning else ()),
         ),
     )
     return Prepared(resolved, architecture, tokenizer, stops, train, validation, proof, plan)
@@ -240,16 +246,28 @@ def _resolve(config: Config, device: torch.device, proof: Proof) -> Config:
     adapter = config.adapter
     if adapter is not None and adapter.path is not None:
         adapter = settings_of(adapter.path, config).model_copy(update={"path": adapter.path})
-    tokens = config.train.micro_batch_tokens
-    checkpointing = config.train.gradient_checkpointing
-    train = config.train.model_copy(
+    train = config.train.model_copy(update={"loss": proof.loss})
+    return config.model_copy(update={"model": model, "adapter": adapter, "train": train})
+
+
+def _settle(config: Config, architecture: PretrainedConfig, proof: Proof, device: torch.device, emit: Emit) -> Settled:
+    """The memory `auto`s: fixed on a CPU, asked of the estimator on a card."""
+    import torch
+
+    if device.type == "cuda":
+        emit(Working("estimating memory"))
+        free, _ = torch.cuda.mem_get_info(device)
+        target = Target("cuda", torch.cuda.get_device_capability(device))
+        return settle_memory(config, architecture, proof, target, free + context_bytes(target))
+    train = config.train
+    tokens, checkpointing = train.micro_batch_tokens, train.gradient_checkpointing
+    settled = train.model_copy(
         update={
-            "micro_batch_tokens": AUTO_MICRO_BATCH_TOKENS[device.type] if tokens == "auto" else tokens,
-            "gradient_checkpointing": device.type == "cuda" if checkpointing == "auto" else checkpointing,
-            "loss": proof.loss,
+            "micro_batch_tokens": AUTO_MICRO_BATCH_TOKENS["cpu"] if tokens == "auto" else tokens,
+            "gradient_checkpointing": False if checkpointing == "auto" else checkpointing,
         }
     )
-    return config.model_copy(update={"model": model, "adapter": adapter, "train": train})
+    return Settled(config.model_copy(update={"train": settled}), None)
 
 
 def _steps(config: Config, count: int) -> Steps:

@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device. `python -m pytest tests/gpu -q` runs them all, and skips them all where there is none."""
+"""Tests that need a CUDA device: `python -m pytest tests/gpu -q` runs them, and skips them where there is none."""
 
 from __future__ import annotations
 

@@ -93,9 +93,7 @@ def test_a_log_holds_one_line_per_logged_event_and_no_escapes(
     log = capsys.readouterr().err
     assert not re.search(r"[\r\x1b]", log)
     lines = log.splitlines()
-    assert sum(line.startswith("step=") for line in lines) == sum(
-        isinstance(event, Logged) for event in events
-    )
+    assert sum(line.startswith("step=") for line in lines) == sum(isinstance(event, Logged) for event in events)
     assert PLAIN in lines
     assert "valid=1.3714 step=30 best" in lines
     assert "saved=runs/docs/checkpoints/step-00000030 step=30" in lines
@@ -103,9 +101,7 @@ def test_a_log_holds_one_line_per_logged_event_and_no_escapes(
     assert "  !  out of memory [q_proj]" in lines
 
 
-def test_stdout_gets_the_closing_summary_alone(
-    events: list[Event], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_stdout_gets_the_closing_summary_alone(events: list[Event], capsys: pytest.CaptureFixture[str]) -> None:
     run(events)
     answer = capsys.readouterr().out
     assert answer.strip().startswith("done ")
@@ -113,9 +109,7 @@ def test_stdout_gets_the_closing_summary_alone(
     assert "step=" not in answer
 
 
-def test_a_run_that_fails_leaves_stdout_empty(
-    events: list[Event], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_fails_leaves_stdout_empty(events: list[Event], capsys: pytest.CaptureFixture[str]) -> None:
     run(events[:-1])
     assert capsys.readouterr().out == ""
 
@@ -166,9 +160,7 @@ def test_the_live_region_is_two_lines_that_fit(
             assert part in figures
 
 
-def test_a_loss_on_the_screen_is_one_of_metrics_jsonl(
-    events: list[Event], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_on_the_screen_is_one_of_metrics_jsonl(events: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     """Or it is the last step's own, and then it names its step."""
     assert "9.9999" not in on_terminal(events, monkeypatch, 140).shown()[-1]
     first_steps: list[Event] = [event for event in events[:10] if not isinstance(event, Planned)]

@@ -62,9 +62,7 @@ def test_a_table_never_cuts_a_number(width: int) -> None:
 
 
 def test_a_table_that_is_too_wide_becomes_a_list() -> None:
-    lines = table(
-        ("module", "count", "base"), [("a_module_with_a_name_of_some_length", "32", "536,870,912")], 40
-    )
+    lines = table(("module", "count", "base"), [("a_module_with_a_name_of_some_length", "32", "536,870,912")], 40)
     assert lines == ["  a_module_with_a_name_of_some_length", "    count   32", "    base    536,870,912"]
 
 
@@ -83,9 +81,7 @@ def test_columns_asks_the_environment_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert columns() == 93
 
 
-def test_only_paths_inside_the_working_directory_are_shortened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_paths_inside_the_working_directory_are_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert short_path(tmp_path / "runs" / "a") == "runs/a"
     assert short_path("/elsewhere/a") == "/elsewhere/a"

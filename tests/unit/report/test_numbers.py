@@ -59,16 +59,12 @@ def test_clock(seconds: float, text: str) -> None:
     assert numbers.clock(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(2e-4, "2e-04"), (9.5e-5, "9.5e-05"), (1.943e-4, "1.94e-04"), (0, "0")]
-)
+@pytest.mark.parametrize(("value", "text"), [(2e-4, "2e-04"), (9.5e-5, "9.5e-05"), (1.943e-4, "1.94e-04"), (0, "0")])
 def test_learning_rates_are_scientific_without_idle_zeros(value: float, text: str) -> None:
     assert numbers.learning_rate(value) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.41, "0.41"), (12.34, "12.3"), (3.1e-4, "3.1e-04"), (0.0, "0.00")]
-)
+@pytest.mark.parametrize(("value", "text"), [(0.41, "0.41"), (12.34, "12.3"), (3.1e-4, "3.1e-04"), (0.0, "0.00")])
 def test_small_gradient_norms_do_not_become_zero(value: float, text: str) -> None:
     assert numbers.gradient_norm(value) == text
 

@@ -21,10 +21,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def digest(path: Path) -> str:
     """Of every name, size, time and byte below `path`."""
-    parts = [
-        (str(file), file.lstat().st_mtime_ns, file.is_file() and file.read_bytes())
-        for file in path.rglob("*")
-    ]
+    parts = [(str(file), file.lstat().st_mtime_ns, file.is_file() and file.read_bytes()) for file in path.rglob("*")]
     return hashlib.sha256(repr(sorted(parts, key=str)).encode()).hexdigest()
 
 
@@ -89,9 +86,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, below: str) -> None:
     assert file.read_text() == "mine"
 
 
-def test_a_folder_that_can_not_be_written_is_refused(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_can_not_be_written_is_refused(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """By asking the system and not the permission bits: root may write where they say no."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(RunFolderError, match=r"can't be written: Permission denied"):

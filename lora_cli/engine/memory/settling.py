@@ -1,0 +1,73 @@
+"""What the memory `auto`s of a run come to on the card at hand, before its weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_cli.config import Config
+from lora_cli.engine.memory.choice import choose
+from lora_cli.engine.memory.need import MARGIN, Need, Rehearsals
+from lora_cli.engine.selftest import Proof
+from lora_cli.engine.target import Target
+from lora_cli.errors import LoraError
+from lora_cli.plan import Memory
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+UNASKED_TOKENS = 8_192
+"""Where the estimator has no answer: out of memory halves it, so that too much costs a step and not the run."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A config without memory `auto`s, and what it is estimated to need."""
+
+    config: Config
+    memory: Memory | None
+    warning: str | None = None
+
+
+def settle_memory(
+    config: Config, architecture: PretrainedConfig, proof: Proof, target: Target, card_bytes: int
+) -> Settled:
+    """Resolve `micro_batch_tokens` and `gradient_checkpointing` for a card; what is given stays as it is.
+
+    Args:
+        card_bytes: of the card, minus what other processes hold.
+    """
+    try:
+        rehearsals = Rehearsals(architecture, proof)
+        found = choose(rehearsals, config, target, card_bytes)
+        if found is not None:
+            return Settled(found.config, _memory(found, card_bytes))
+        least = rehearsals.need(_with(config, config.data.max_length), target)
+    except (LoraError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        # Whatever an architecture's own code does on a device without data; the run itself has real ones.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Settled(_with(config, UNASKED_TOKENS), None, f"memory could not be estimated: {first}")
+    warning = (
+        f"by the estimate it does not fit: {least.process_bytes / 2**30:.1f} of {card_bytes / 2**30:.1f} GiB at "
+        f"{least.config.train.micro_batch_tokens:,} tokens a micro-batch, and {MARGIN:.0%} are kept free"
+    )
+    return Settled(least.config, _memory(least, card_bytes), warning)
+
+
+def _with(config: Config, tokens: int) -> Config:
+    """The most frugal of what the config leaves open."""
+    train = config.train
+    return config.model_copy(
+        update={
+            "train": train.model_copy(
+                update={
+                    "micro_batch_tokens": tokens if train.micro_batch_tokens == "auto" else train.micro_batch_tokens,
+                    "gradient_checkpointing": train.gradient_checkpointing in ("auto", True),
+                }
+            )
+        }
+    )
+
+
+def _memory(need: Need, card_bytes: int) -> Memory:
+    return Memory(process_bytes=need.process_bytes_on(card_bytes), device_bytes=card_bytes)

@@ -1,0 +1,60 @@
+"""`auto` on a card that isn't there: the estimator is asked about its size alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_cli.config import Config
+from lora_cli.engine.memory.settling import settle_memory
+from lora_cli.engine.selftest import prove
+from lora_cli.engine.target import Target
+from lora_cli.model.architecture import read_architecture
+
+MODEL = Path(__file__).parents[2] / "models" / "gpt2"
+AMPERE = Target("cuda", (8, 0))
+GIB = 2**30
+
+
+def settle(card_gib: float, **train: object):
+    config = Config.model_validate(
+        {
+            "model": {"name_or_path": str(MODEL), "dtype": "bfloat16"},
+            "data": {"train": [{"path": "rows.jsonl"}], "max_length": 512},
+            "train": {"batch_size": 64, **train},
+            "output_dir": "run",
+        }
+    )
+    architecture = read_architecture(config.model)
+    return settle_memory(config, architecture, prove(architecture, config.adapter), AMPERE, int(card_gib * GIB))
+
+
+def test_a_roomy_card_gets_a_large_micro_batch_without_checkpointing():
+    settled = settle(80)
+    assert settled.config.train.gradient_checkpointing is False
+    assert settled.config.train.micro_batch_tokens >= 16_384
+    assert settled.memory is not None
+    assert settled.memory.fits
+    assert settled.warning is None
+
+
+def test_a_small_card_gets_less_and_still_fits():
+    small, large = settle(2), settle(80)
+    assert small.config.train.micro_batch_tokens < large.config.train.micro_batch_tokens
+    assert small.memory is not None
+    assert small.memory.fits
+
+
+def test_what_is_given_stays_and_a_card_too_small_is_said():
+    settled = settle(0.7, micro_batch_tokens=4096)
+    assert settled.config.train.micro_batch_tokens == 4096
+    assert settled.config.train.gradient_checkpointing is True
+    assert settled.memory is not None
+    assert not settled.memory.fits
+    assert "does not fit" in str(settled.warning)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpointing_that_is_asked_for_is_kept(checkpointing: bool):
+    assert settle(40, gradient_checkpointing=checkpointing).config.train.gradient_checkpointing is checkpointing
