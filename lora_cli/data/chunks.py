@@ -6,8 +6,10 @@ the job alone, so that it is the same in whichever process it was made. Knows no
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -64,14 +66,27 @@ class ChunkTokenizer:
         tally = Tally()
         kept: list[tuple[int, Example]] = []
         truncated: list[int] = []
-        for row in self._tokenizer.prepare(rows, self._job.reader):
-            for one in _count(tally, row, self._job.stop_token_ids):
-                if one.truncated:
-                    truncated.append(tally.examples)
-                tally.examples += 1
-                kept.append((row.number, one.example))
+        with _no_collection():
+            for row in self._tokenizer.prepare(rows, self._job.reader):
+                for one in _count(tally, row, self._job.stop_token_ids):
+                    if one.truncated:
+                        truncated.append(tally.examples)
+                    tally.examples += 1
+                    kept.append((row.number, one.example))
         tally.notes = self._tokenizer.notes
         return Chunk(tally, _arrays(kept, truncated))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within it, nobody looks for garbage: every token's offsets are a tuple, and the search takes a seventh of all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def in_chunks(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:

@@ -157,15 +157,18 @@ def _flagged(encoded: Sequence[tuple[MarkedText, _Tokens]]) -> Iterator[Example]
     if not encoded:
         return
     flags = _token_flags(encoded)
+    # One array for all texts: a row's own are views of it, as making small arrays costs more than filling them.
+    flat = np.fromiter(chain.from_iterable(tokens.ids for _, tokens in encoded), dtype=np.int32, count=len(flags))
     position = 0
     for text, tokens in encoded:
-        size = len(tokens.ids)
-        own = flags[position : position + size]
-        position += size
-        everything = text.trained == ((0, len(text.text)),)
-        tail = [] if text.append is None else [text.append]
-        ids = np.array([*text.before, *tokens.ids, *tail], dtype=np.int32)
-        trained = np.concatenate([np.full(len(text.before), everything), own, np.ones(len(tail), dtype=np.bool_)])
+        piece = slice(position, position + len(tokens.ids))
+        position = piece.stop
+        ids, trained = flat[piece], flags[piece]
+        if text.before or text.append is not None:
+            everything = text.trained == ((0, len(text.text)),)
+            tail = [] if text.append is None else [text.append]
+            ids = np.concatenate([np.array(text.before, dtype=np.int32), ids, np.array(tail, dtype=np.int32)])
+            trained = np.concatenate([np.full(len(text.before), everything), trained, np.ones(len(tail), np.bool_)])
         trained[:1] = False
         yield Example(ids, trained)
 

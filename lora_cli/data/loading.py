@@ -11,25 +11,25 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.config import DataConfig, Source
-from lora_cli.data.account import SourceTally, Tally, account_of, refuse_nothing
+from lora_cli.data.account import Tally, refuse_nothing
 from lora_cli.data.cache import Cache, Entry, cache_folder, code_version, key_of, tokenizer_fingerprint
 from lora_cli.data.chunks import ChunkTokenizer, Job, Progress, collect, in_chunks
-from lora_cli.data.examples import Examples, Joined, PickedPlaces, RowPlaces
+from lora_cli.data.examples import Examples
 from lora_cli.data.files import File, Row, Rows
 from lora_cli.data.formats import RowReader, find_format
-from lora_cli.data.mixing import Draw, fingerprint, held_out
+from lora_cli.data.mixing import held_out
 from lora_cli.data.parallel import tokenize_in_parallel, workers_for
+from lora_cli.data.parts import Part, tallies_of, train_examples, validation_examples
 from lora_cli.data.sources import open_source
 from lora_cli.data.store import Arrays, ArrayStore
 from lora_cli.data.tokenizing import Limits
 from lora_cli.errors import DataError
-from lora_cli.plan import DataAccount
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,21 +68,6 @@ class OpenSource:
                 yield number, self.place(number), row
 
 
-@dataclass(frozen=True)
-class Part:
-    """One source, tokenized."""
-
-    source: OpenSource
-    arrays: Arrays
-    tally: Tally
-    fingerprint: str
-
-    @property
-    def places(self) -> RowPlaces:
-        before, after = self.source.rows.around_number
-        return RowPlaces(before, self.arrays["rows"], after)  # type: ignore[arg-type]
-
-
 def load_examples(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,14 +95,12 @@ def load_examples(
         train = loader.parts(train_sources)
         if data.validation is not None:
             validation = loader.parts(open_sources(data.validation))
-    refuse_nothing("data.train", _tallies(train))
-    weights = [one.source.weight for one in train_sources]
-    train_examples = _together(train, data, weights, seed, _duplicates(train))
+    refuse_nothing("data.train", tallies_of(train))
+    examples = train_examples(train, max_length=data.max_length, seed=seed)
     if validation is None:
-        return train_examples, None
-    refuse_nothing("data.validation", _tallies(validation))
-    overlap = _also_in(train, validation)
-    return train_examples, _together(validation, data, [None], seed, _duplicates(validation), overlap, validation=True)
+        return examples, None
+    refuse_nothing("data.validation", tallies_of(validation))
+    return examples, validation_examples(validation, train, max_length=data.max_length)
 
 
 def set_chat_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -178,7 +161,7 @@ class _Loader:
                 store = ArrayStore(Path(folder))
                 try:
                     tally = self._tokenize(source, wanted, store)
-                    return Part(source, store.close(), tally, store.fingerprint())
+                    return _part(source, store.close(), tally, store.fingerprint())
                 finally:
                     store.discard()
         key = self._key(source, wanted)
@@ -191,7 +174,7 @@ class _Loader:
                     f"{self._cache.folder}: tokenized data can't be kept here: {error.strerror}",
                     remedy="Name another folder in the environment as LORA_CACHE_DIR, or set data.cache: false.",
                 ) from error
-        return Part(source, entry.arrays, Tally(**entry.meta["tally"]), entry.meta["fingerprint"])
+        return _part(source, entry.arrays, Tally(**entry.meta["tally"]), entry.meta["fingerprint"])
 
     def _write_entry(self, cache: Cache, key: str, source: OpenSource, wanted: NDArray[np.bool_] | None) -> Entry:
         folder = cache.begin()
@@ -256,99 +239,6 @@ def _hold_out(sources: Sequence[OpenSource], fraction: float, seed: int) -> list
     return np.split(flags, np.cumsum(counts)[:-1])
 
 
-def _tallies(parts: Sequence[Part]) -> list[SourceTally]:
-    return [SourceTally(part.tally, part.source.rows.around_number) for part in parts]
-
-
-def _together(
-    parts: Sequence[Part],
-    data: DataConfig,
-    weights: Sequence[float | None],
-    seed: int,
-    duplicates: Sequence[str],
-    warnings: Sequence[str] = (),
-    *,
-    validation: bool = False,
-) -> Examples:
-    """All parts as one. No token is copied."""
-    counts = tuple(part.tally.examples for part in parts)
-    hints = list(warnings)
-    draw: Draw | None = None
-    if any(weight is not None for weight in weights):
-        if any(weight is None for weight in weights):
-            raise DataError(
-                "data.train: some sources have a weight and some have none",
-                remedy="Give every source a weight, or none.",
-            )
-        draw = Draw(counts, tuple(weight for weight in weights if weight is not None), seed)
-        hints += _shares(parts, counts, draw.epoch(0))
-    before = np.cumsum([0, *counts])
-    examples = Examples(
-        input_ids=_joined(parts, "input_ids"),
-        trained=_joined(parts, "trained"),
-        offsets=np.cumsum([0, *_over_all(parts, "lengths")]),
-        places=parts[0].places if len(parts) == 1 else PickedPlaces([p.places for p in parts], np.arange(sum(counts))),
-        account=DataAccount(0, 0, 0, 0, 0, 0, 0, 0),
-        fingerprint=fingerprint([part.fingerprint for part in parts], draw),
-        truncated=np.concatenate(
-            [start + part.arrays["truncated"] for start, part in zip(before, parts, strict=False)]
-        ),
-        draw=draw,
-        counts=_over_all(parts, "supervised"),
-    )
-    account = account_of(
-        _tallies(parts),
-        examples,
-        max_length=data.max_length,
-        duplicates=duplicates,
-        warnings=hints,
-        validation=validation,
-    )
-    return replace(examples, account=account)
-
-
-def _joined(parts: Sequence[Part], name: str) -> NDArray[Any] | Joined:
-    """A per-token array of all parts; a single part's stays the mapped file that it is."""
-    arrays = [part.arrays[name] for part in parts]
-    return arrays[0] if len(arrays) == 1 else Joined(arrays)
-
-
-def _over_all(parts: Sequence[Part], name: str) -> NDArray[np.int64]:
-    """A per-example array of all parts."""
-    whole: NDArray[np.int64] = np.concatenate([part.arrays[name] for part in parts]).astype(np.int64)
-    return whole
-
-
-def _shares(parts: Sequence[Part], counts: Sequence[int], picked: NDArray[np.int64]) -> list[str]:
-    """What the weights do to each source, where that is not obvious."""
-    edges = np.cumsum([0, *counts])
-    found = []
-    for part, count, start, stop in zip(parts, counts, edges[:-1], edges[1:], strict=True):
-        times = int(((picked >= start) & (picked < stop)).sum())
-        name = part.source.rows.name
-        if times < count:
-            found.append(f"{name}: its weight leaves {count - times:,} of {count:,} examples out of an epoch")
-        elif times > count:
-            found.append(f"{name}: its weight repeats its examples {times / count:.2f} times an epoch")
-    return found
-
-
-def _duplicates(parts: Sequence[Part]) -> PickedPlaces:
-    """The places of examples that say exactly what an earlier one says."""
-    hashes, places = _hashes(parts)
-    _, first = np.unique(hashes, return_index=True)
-    return PickedPlaces(places, np.setdiff1d(np.arange(len(hashes)), first))
-
-
-def _also_in(train: Sequence[Part], validation: Sequence[Part]) -> list[str]:
-    """A warning of validation examples that are trained on, if there are any."""
-    hashes, places = _hashes(validation)
-    seen = PickedPlaces(places, np.flatnonzero(np.isin(hashes, _hashes(train)[0])))
-    if not seen:
-        return []
-    what = "1 validation example is" if len(seen) == 1 else f"{len(seen):,} validation examples are"
-    return [f"{what} also in train; the first is {seen[0]}"]
-
-
-def _hashes(parts: Sequence[Part]) -> tuple[NDArray[np.generic], list[RowPlaces]]:
-    return np.concatenate([part.arrays["hashes"] for part in parts]), [part.places for part in parts]
+def _part(source: OpenSource, arrays: Arrays, tally: Tally, fingerprint: str) -> Part:
+    rows = source.rows
+    return Part(rows.name, rows.around_number, source.source.weight, arrays, tally, fingerprint)

@@ -2,7 +2,8 @@
 
 Each worker is a fresh Python that reads chunks from its standard input and writes results to its standard output:
 no fork of a process with threads, and no demand on the caller's script to guard its main part. A worker has one chunk
-at a time, so memory stays bounded and no pipe can fill up on both sides. Knows processes; knows nothing about rows.
+at a time, so no pipe can fill up on both sides, and few wait, so memory stays bounded. A thread for each worker hands
+it the next one. Knows processes; knows nothing about rows.
 
     python -m lora_cli.data.parallel     is a worker
 """
@@ -16,7 +17,9 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from queue import SimpleQueue
 from types import TracebackType
 from typing import IO, Self
 
@@ -28,12 +31,16 @@ from lora_cli.errors import DataError
 ROWS_WORTH_A_WORKER = 50_000
 """A worker's start takes a few seconds, in which one process does some 20,000 short rows."""
 MOST_WORKERS = 32
+_CHUNKS_AHEAD = 2
 
 
 def workers_for(rows: int) -> int:
-    """How many processes to tokenize with; 1 is this one alone."""
+    """How many processes to tokenize with; 1 is this one alone, whose tokenizer has threads of its own.
+
+    One core is left to this process, which reads the rows and keeps their account.
+    """
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores, rows // ROWS_WORTH_A_WORKER, MOST_WORKERS))
+    return max(1, min(cores - 1, rows // ROWS_WORTH_A_WORKER, MOST_WORKERS))
 
 
 def tokenize_in_parallel(chunks: Iterable[list[PlacedRow]], job: Job, workers: int) -> Iterator[Chunk]:
@@ -43,16 +50,27 @@ def tokenize_in_parallel(chunks: Iterable[list[PlacedRow]], job: Job, workers: i
         DataError: the first row that can't be used as it is.
     """
     with ExitStack() as stack:
-        idle = deque(stack.enter_context(_Worker(job)) for _ in range(workers))
-        busy: deque[_Worker] = deque()
+        threads = stack.enter_context(ThreadPoolExecutor(workers))
+        idle: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(workers):
+            idle.put(stack.enter_context(_Worker(job)))
+
+        def tokenized(chunk: list[PlacedRow]) -> Chunk:
+            worker = idle.get()
+            try:
+                return worker.tokenize(chunk)
+            finally:
+                idle.put(worker)
+
+        under_way: deque[Future[Chunk]] = deque()
+        # Whoever stops early leaves chunks behind that nobody is to begin.
+        stack.callback(lambda: [chunk.cancel() for chunk in under_way])
         for chunk in chunks:
-            if not idle:
-                idle.append(busy.popleft())
-                yield idle[0].result()
-            busy.append(idle.popleft())
-            busy[-1].begin(chunk)
-        while busy:
-            yield busy.popleft().result()
+            under_way.append(threads.submit(tokenized, chunk))
+            if len(under_way) > _CHUNKS_AHEAD * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 class _Worker:
@@ -81,15 +99,12 @@ class _Worker:
         self._process.kill()
         self._process.communicate()
 
-    def begin(self, chunk: list[PlacedRow]) -> None:
-        assert self._process.stdin is not None
+    def tokenize(self, chunk: list[PlacedRow]) -> Chunk:
+        assert self._process.stdin is not None and self._process.stdout is not None
         if not self._started:
             self._started = True
             _send(self._process.stdin, self._job)
         _send(self._process.stdin, chunk)
-
-    def result(self) -> Chunk:
-        assert self._process.stdout is not None
         try:
             result: Chunk | tuple[str, str | None] = pickle.load(self._process.stdout)
         except EOFError as error:

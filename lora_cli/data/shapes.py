@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from lora_cli.data.controls import Controls
 from lora_cli.data.formats import Conversation, Message
 from lora_cli.data.marked import MarkedText, Span
-from lora_cli.data.template import PLAIN_KEYS, ChatTemplate, Rendering
+from lora_cli.data.template import ChatTemplate
+from lora_cli.data.turns import PLAIN_KEYS, Rendering
 from lora_cli.errors import DataError
 
 _SLOT = re.compile(r"zqSlot(\d+)qz")

@@ -17,54 +17,21 @@ Knows characters; knows nothing about tokens beyond the spelling of control toke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_cli.data.controls import Controls
 from lora_cli.data.formats import Message
 from lora_cli.data.jinja import DAY, JinjaTemplate, Tools
 from lora_cli.data.marked import Span
+from lora_cli.data.turns import PLAIN_KEYS, Rendering, Turn, hidden_words, message_parts, shown_end, squeezed
 from lora_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLAIN_KEYS = {"role", "content"}
-_THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _STAND_IN = "zqStandInWordqz"
 _ANSWER = "zqStandInAnswerqz"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """The last message of a rendered conversation."""
-
-    text: str
-    start: int
-    """Where its words begin."""
-    stop: int
-    """Where they end."""
-    end: int
-    """Where the control tokens that close it end; `stop` where the template closes it with none."""
-    append: int | None
-    """The stop token that the model is to produce where the template writes none."""
-
-    @property
-    def trained(self) -> Span:
-        """The words and what ends them; a token to append follows the white space after the words."""
-        return self.start, self.end if self.append is None else len(self.text)
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """One example of a conversation: its first `messages` messages, rendered."""
-
-    messages: int
-    text: str
-    trained: tuple[Span, ...]
-    append: int | None
 
 
 class ChatTemplate:
@@ -126,7 +93,7 @@ class ChatTemplate:
         start, stop = words
         limit = self._next_turn(text, start, prompt, messages, tools)
         if limit < stop:
-            raise _hidden_words(f"messages[{len(messages) - 1}]", "another turn follows them")
+            raise hidden_words(f"messages[{len(messages) - 1}]", "another turn follows them")
         end, closed_by = self._controls.closing(text, stop, limit)
         append = None
         if not (closed_by is not None and self._controls.is_stop(closed_by)) and not text[end:].strip():
@@ -195,7 +162,7 @@ class ChatTemplate:
         answer = len(turn.text) - len(behind) + len(question_end)
         if not (turn.text.endswith(behind) and behind.startswith(question_end) and answer <= turn.start):
             self.notes["prompt"] = (
-                f"generation starts from a prompt that ends in {_shown_end(prompt)!r}, which is not what the "
+                f"generation starts from a prompt that ends in {shown_end(prompt)!r}, which is not what the "
                 "chat template writes in front of answers"
             )
             return turn
@@ -228,18 +195,18 @@ class ChatTemplate:
         if prompt is None or not text.startswith(prompt):
             prompt = self._header(messages, tools)
         if prompt is None or not text.startswith(prompt):
-            raise _hidden_words(field, "the rendered turn doesn't begin with the generation prompt")
+            raise hidden_words(field, "the rendered turn doesn't begin with the generation prompt")
         start, stop = len(prompt), self._controls.words_end(text, len(prompt))
         message = messages[-1]
         if not message.keys() - PLAIN_KEYS:
             # A prompt may hold the content's beginning (an opening <think>); nothing else may be there.
-            content, words = _squeezed(message["content"]), _squeezed(text[start:stop])
-            if not (content.endswith(words) and _squeezed(text[:stop]).endswith(content)):
-                raise _hidden_words(field, "the chat template changes the content")
+            content, words = squeezed(message["content"]), squeezed(text[start:stop])
+            if not (content.endswith(words) and squeezed(text[:stop]).endswith(content)):
+                raise hidden_words(field, "the chat template changes the content")
             return start, stop
-        written = _squeezed(text[start:])
-        for key, part in _parts(message):
-            if _squeezed(part) not in written:
+        written = squeezed(text[start:])
+        for key, part in message_parts(message):
+            if squeezed(part) not in written:
                 raise DataError(
                     f"{field}.{key}: the chat template leaves it out",
                     remedy="Remove it from the row, or give a template that writes it as data.chat_template.",
@@ -278,33 +245,3 @@ class ChatTemplate:
             return otherwise
         found = self._controls.stop_at(behind, 0)
         return otherwise if found is None else found[1]
-
-
-def _hidden_words(field: str, why: str) -> DataError:
-    return DataError(
-        f"{field}: can't tell which rendered characters are the assistant's words: {why}",
-        remedy="Give the content without thinking tags (thinking has a key of its own, reasoning_content),\n"
-        "or give a template that renders all of it as data.chat_template.",
-    )
-
-
-def _parts(message: Message) -> list[tuple[str, str]]:
-    """What the row says in a turn, piece by piece, as far as templates write it unchanged."""
-    parts = [("content", message["content"] or "")]
-    parts += [(key, message[key]) for key in _THINKING_KEYS if isinstance(message.get(key), str)]
-    for call in message.get("tool_calls") or []:
-        if isinstance(call, dict):
-            function = call.get("function", call)
-            if isinstance(function, dict) and isinstance(function.get("name"), str):
-                parts.append(("tool_calls", function["name"]))
-    return parts
-
-
-def _squeezed(text: str) -> str:
-    """Without white space, which templates trim and add."""
-    return "".join(text.split())
-
-
-def _shown_end(prompt: str) -> str:
-    """The end of a prompt as it is shown, without the stand-in words of whoever asked for it."""
-    return re.split(r"zq\w+qz", prompt)[-1][-40:]

@@ -1,7 +1,8 @@
 """The cards that people rent or own: how much memory PyTorch sees on each, and its architecture.
 
-The figures are those that PyTorch reports as total capacity (`torch.cuda.mem_get_info`, out-of-memory messages in
-public threads), some hundred MiB under the marketing figure; drivers and ECC move them a little.
+The figures are meant to be those that PyTorch reports as total capacity, some hundred MiB under the marketing figure;
+drivers and ECC move them a little. They come from public reports and none has been measured by this project:
+`torch.cuda.mem_get_info` tells the truth of a card at hand, and `train` asks it.
 """
 
 from __future__ import annotations

@@ -502,6 +502,9 @@ def test_any_number_of_processes_gives_the_same(write_rows: WriteRows, monkeypat
     path = write_rows(*rows)
     monkeypatch.setattr("lora_cli.data.chunks.CHUNK_ROWS", 7)
     alone, _ = load(config(path, max_length=60))
+    whole, _ = load(config(path, max_length=1000))
+    cut = {place for place, length in zip(whole.places, whole.lengths, strict=True) if length > 60}
+    assert {alone.places[index] for index in alone.truncated} == cut and len(cut) > 10
     monkeypatch.setattr("lora_cli.data.loading.workers_for", lambda rows: 3)
     seen: list[int] = []
     together, _ = load(config(path, max_length=60), progress=lambda what, done, total: seen.append(done))

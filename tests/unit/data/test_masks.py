@@ -314,6 +314,16 @@ def test_a_template_that_adds_another_turn_is_refused(write_rows: WriteRows) -> 
         previews(path, replace(style, template=style.template + more))
 
 
+@pytest.mark.parametrize("name", ["glm4.5", "chatml", "llama2"])
+def test_of_an_empty_turn_only_its_end_is_trained(write_rows: WriteRows, name: str) -> None:
+    """GLM 4.5 leaves out the line that an empty content would stand on."""
+    style = BY_NAME[name]
+    turns = [TURNS[0], {"role": "assistant", "content": ""}, *TURNS[2:4]]
+    (example,) = previews(write_rows({"messages": turns}), style)
+    wanted = style.turn_end + _squeezed(TURNS[3]["content"]) + style.turn_end
+    assert trained_text(example, style) == wanted
+
+
 def test_the_date_stands_still(write_rows: WriteRows) -> None:
     path = write_rows({"messages": TURNS[:2]})
     (example,) = previews(path, BY_NAME["mistral-v7"])

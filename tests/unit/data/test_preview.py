@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from lora_cli.data.loading import load_examples
 from lora_cli.data.preview import packed, preview_examples, token_texts
@@ -85,9 +86,13 @@ def test_every_token_has_its_speaker(write_rows: WriteRows) -> None:
 def test_prompts_and_completions_have_speakers_behind_a_bos(write_rows: WriteRows) -> None:
     tokenizer, stops = tokenizer_of(BY_NAME["llama2"], kind="bytes")
     tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     (example,) = preview_examples(
         config(write_rows({"prompt": "ask: ", "completion": "answer"})), tokenizer, stops, count=1
     )
+    assert (example.tokens[0], example.roles[0]) == ("<s>", "")
     spoken = list(zip(example.tokens, example.roles, strict=True))
     assert "".join(token for token, role in spoken if role == "user").strip() == "ask:"
     assert "".join(token for token, role in spoken if role == "assistant").strip() == "answer"
