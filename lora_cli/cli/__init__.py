@@ -6,6 +6,8 @@
     options    what several commands share
     help       the grouped help page, and typos
     failures   errors -> a message and an exit code
+    quiet      what libraries say to each other stays off the screen
+    network    no half minute of retries where there is no network
 
 A command imports what it needs in its body: `lora --help` loads nothing, and a broken config is refused
 before torch is loaded. Only this room exits. Screens are in `report`.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.cli.network import stay_offline_without_network
 from lora_cli.errors import NegativeAnswer
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value, as train.seed=7. May be repeated."),
 ]
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".bz2", ".xz", ".zst", ".arrow")
+"""What ends like this is a file, here or missing, and never a hub id."""
+
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenize again, and keep nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
 
@@ -35,7 +39,11 @@ def load(path: Path, overrides: list[str] | None, *, output_dir: str | None = No
         given.append(f"output_dir={json.dumps(output_dir, ensure_ascii=False)}")
     if no_cache:
         given.append("data.cache=false")
-    return load_config(path, given)
+    config = load_config(path, given)
+    validation = config.data.validation if isinstance(config.data.validation, tuple) else ()
+    sources = [source.path for source in (*config.data.train, *validation) if not source.path.endswith(DATA_FILES)]
+    stay_offline_without_network([config.model.name_or_path, *sources])
+    return config
 
 
 def print_json(value: Any) -> None:

@@ -15,6 +15,7 @@ _CHATTY = ("transformers", "bitsandbytes", "peft", "accelerate", "datasets", "hu
 def quiet_libraries() -> None:
     """Silence what isn't an error. Call it before the libraries are imported: they read these settings once."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
