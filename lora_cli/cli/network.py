@@ -1,7 +1,7 @@
 """Whether the hub can be reached, found out once and quickly.
 
-Without network the hub's client tries again for half a minute before it says so. Asked beforehand, it looks in its cache
-at once, and says what is missing.
+Without network the hub's client tries again for half a minute before it says so. Asked beforehand, it looks in its
+cache at once, and says what is missing.
 """
 
 from __future__ import annotations
