@@ -33,7 +33,8 @@ class PlotInput:
 def render_plots(plots: PlotInput) -> str:
     if not plots.training:
         return ""
-    steps = (plots.training[0]["step"], max(line["step"] for line in (*plots.training, *plots.evaluation)))
+    known = [line["step"] for line in (*plots.training, *plots.evaluation)]  # the base is evaluated at step 0
+    steps = (min(known), max(known))
     charts = [chart for chart in _small_charts(plots, steps) if any(curve.points for curve in chart.curves)]
     if charts:
         charts[-1] = replace(charts[-1], numbered=True, height=charts[-1].height + _NUMBERS_HEIGHT)

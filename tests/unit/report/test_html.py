@@ -198,3 +198,11 @@ def test_settings_that_are_not_defaults_are_bold() -> None:
         "<b>    split: null</b>",
         "  cache: true",
     ]
+
+
+def test_the_base_evaluated_at_step_0_stands_inside_the_plot(report: ReportInput) -> None:
+    page = render_report(replace(report, metrics=[{"step": 0, "eval_loss": 1.5}, *report.metrics]))
+    lefts = {float(x) for x in re.findall(r'data-left="([\d.]+)"', page)}
+    dots = [float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', page)]
+    assert dots
+    assert min(dots) >= min(lefts)
