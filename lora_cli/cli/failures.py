@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+import time
 import traceback
 import unicodedata
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import NoReturn
 
 from lora_cli.errors import ConfigError, LoraError, Problem
 
+_PATIENCE_SECONDS = 5.0
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -34,6 +36,7 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except LoraError as error:
         if debug:
             traceback.print_exc()
+        _let_the_first_process_say_it()
         print(as_text(error, colour=_colour()), end="", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -44,6 +47,15 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         # Whoever read our output has left. Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
+
+
+def _let_the_first_process_say_it() -> None:
+    """Under torchrun a mistake of the user's fails every process alike; once is enough to be told.
+
+    The first one's end makes torchrun end the others. One that is still here has failed alone, and speaks.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_PATIENCE_SECONDS)
 
 
 def report_bug() -> NoReturn:
