@@ -1,8 +1,13 @@
-"""Metrics to experiment trackers, by accelerate's names: tensorboard, wandb, mlflow, trackio."""
+"""Metrics to experiment trackers, by accelerate's names: tensorboard, wandb, mlflow, trackio.
+
+What they print goes to stderr: stdout is for the summary, or for one JSON document.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -20,13 +25,15 @@ class Trackers:
     def log(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics to each tracker."""
         values = {key: value for key, value in metrics.items() if key != "step"}
-        for tracker in self.trackers:
-            tracker.log(values, step=metrics["step"])
+        with redirect_stdout(sys.stderr):
+            for tracker in self.trackers:
+                tracker.log(values, step=metrics["step"])
 
     def finish(self) -> None:
         """Flush and close them."""
-        for tracker in self.trackers:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for tracker in self.trackers:
+                tracker.finish()
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -49,12 +56,13 @@ def start_trackers(config: Config, logging_dir: str, settings: dict[str, Any]) -
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    accelerator = Accelerator(
-        log_with=list(config.train.report_to),
-        project_config=ProjectConfiguration(project_dir=logging_dir, logging_dir=logging_dir),
-        cpu=not _cuda(),
-    )
-    accelerator.init_trackers("lora", config=settings)
+    with redirect_stdout(sys.stderr):
+        accelerator = Accelerator(
+            log_with=list(config.train.report_to),
+            project_config=ProjectConfiguration(project_dir=logging_dir, logging_dir=logging_dir),
+            cpu=not _cuda(),
+        )
+        accelerator.init_trackers("lora", config=settings)
     return Trackers(tuple(accelerator.trackers))
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from lora_cli.engine.computation import Computation
 from lora_cli.errors import TrainingError, UserError
 from lora_cli.report.events import Evaluated, Saved, Stepped, Stopped
 from lora_cli.train import train
+from lora_cli.train.trackers import Trackers
 
 ROOT = Path(lora_cli.__file__).parents[1]
 TRAINING_KEYS = {"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "num_supervised_tokens"} | {
@@ -562,3 +564,21 @@ def test_checkpoints_are_kept_up_to_the_limit(trained):
     assert [event.step for event in run.events if isinstance(event, Saved)] == [1, 2, 3, 4, 5, 6]
     assert not any(isinstance(event, Evaluated) for event in run.events)
     shutil.rmtree(run.folder)
+
+
+def test_what_a_tracker_prints_never_reaches_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    """trackio says good-bye on stdout, where `--json` promises one document."""
+
+    class Chatty:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            print(f"logged {values} at {step}")
+
+        def finish(self) -> None:
+            print("good-bye")
+
+    trackers = Trackers((Chatty(),))
+    trackers.log({"step": 1, "loss": 0.5})
+    trackers.finish()
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "logged {'loss': 0.5} at 1\ngood-bye\n"
