@@ -21,7 +21,7 @@ from lora_cli.data.preview import Preview, packed, preview_examples
 from lora_cli.engine.memory.context import context_bytes
 from lora_cli.engine.memory.settling import UNASKED_TOKENS, Settled, settle_memory
 from lora_cli.engine.optimizers import warmup_steps
-from lora_cli.engine.selftest import Proof, prove
+from lora_cli.engine.selftest import Proof, prove_run
 from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter, unreached_by_all_linear
@@ -130,12 +130,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
 
     train, validation = load_examples(config.data, tokenizer, stops, seed=config.train.seed, progress=progress)
     emit(Working("proving packing and loss"))
-    proof = prove(
-        architecture,
-        config.adapter,
-        attn_implementation=config.model.attn_implementation,
-        wanted_loss=config.train.loss,
-    )
+    proof = prove_run(config, architecture)
     settled = _settle(_resolve(config, device, proof), architecture, proof, device, emit)
     resolved = settled.config
     steps = _steps(resolved, len(train))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.config import AdapterConfig
+from lora_cli.config import AdapterConfig, Config
 from lora_cli.engine import attention, loss
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
@@ -75,6 +75,16 @@ def prove(
     with _quiet():
         proof = _prove_packing(model, own, attn_implementation)
         return _prove_loss(model, adapter, proof, wanted_loss)
+
+
+def prove_run(config: Config, architecture: PretrainedConfig) -> Proof:
+    """`prove` with what a config says of adapter, attention and loss."""
+    return prove(
+        architecture,
+        config.adapter,
+        attn_implementation=config.model.attn_implementation,
+        wanted_loss=config.train.loss,
+    )
 
 
 def _auto(name: str) -> str:

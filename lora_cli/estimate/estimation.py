@@ -56,18 +56,13 @@ def estimate_vram(
         raise UserError("--fit needs a card to fit", remedy="Add --gpu rtx-4090, or --vram 24.")
     emit(Working("reading the model's config"))
     from lora_cli.engine.memory.need import Rehearsals
-    from lora_cli.engine.selftest import prove
+    from lora_cli.engine.selftest import prove_run
     from lora_cli.estimate.comparison import compare_methods
     from lora_cli.estimate.fitting import changes_that_fit
 
     config, architecture = _ready(config)
     emit(Working("proving packing and loss"))
-    proof = prove(
-        architecture,
-        config.adapter,
-        attn_implementation=config.model.attn_implementation,
-        wanted_loss=config.train.loss,
-    )
+    proof = prove_run(config, architecture)
     question = Question(config, Rehearsals(architecture, proof), card)
     emit(Working("rehearsing two steps"))
     need, largest = _need(question)

@@ -19,7 +19,7 @@ from lora_cli.config import Config
 from lora_cli.engine.assembly import causal_lm, leave_casting_to_autocast, load_model, make_computation
 from lora_cli.engine.computation import Computation
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
-from lora_cli.engine.selftest import prove
+from lora_cli.engine.selftest import prove_run
 from lora_cli.errors import ModelError
 from lora_cli.evaluate.target import Target
 from lora_cli.model.adapter import check_adapter_folder
@@ -118,12 +118,7 @@ def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool =
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = read_architecture(config.model)
     emit(Working("proving packing and loss"))
-    proof = prove(
-        architecture,
-        config.adapter,
-        attn_implementation=config.model.attn_implementation,
-        wanted_loss=config.train.loss,
-    )
+    proof = prove_run(config, architecture)
     for note in proof.notes:
         emit(Warned(note))
     computation = make_computation(config, proof, device)
