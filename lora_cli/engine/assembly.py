@@ -41,8 +41,7 @@ def load_model(
 
 
 def leave_out_side_outputs(base: PreTrainedModel) -> None:
-    """No cache of keys and values, and no auxiliary loss of routers: it is no mean over tokens, and would depend on
-    packing."""
+    """No auxiliary loss of routers: it is no mean over tokens, and would depend on packing."""
     text = base.config.get_text_config()
     if "output_router_logits" in vars(text):
         text.output_router_logits = False

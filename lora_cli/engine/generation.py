@@ -109,10 +109,11 @@ def _finish(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_token_ids: 
 def generating(model: PreTrainedModel, computation: Computation) -> Iterator[None]:
     """Within it, the model has its own attention, a cache and no checkpointing; after it, what training needs."""
     use_attention(model, computation.attention)
+    cached_before = model.config.use_cache
     model.config.use_cache = True
     try:
         with evaluating(model):
             yield
     finally:
-        model.config.use_cache = False
+        model.config.use_cache = cached_before
         computation.prepare(model)

@@ -6,6 +6,7 @@ model on `meta`, resolves every `auto`. Writes nothing and loads no weights.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove_run
 from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError
-from lora_cli.model.adapter import attach_adapter, unreached_by_all_linear
+from lora_cli.model.adapter import attach_adapter, check_adapter_folder, unreached_by_all_linear
 from lora_cli.model.architecture import build_on_meta, read_architecture
 from lora_cli.model.dtypes import dtype_name, resolve_dtype
 from lora_cli.model.parameters import count_parameters
@@ -210,10 +211,6 @@ def _with_adapter(config: Config, model: PreTrainedModel) -> PreTrainedModel | n
 
 def settings_of(path: str, config: Config) -> Any:
     """The settings of an existing adapter, which go before those of the config."""
-    import json
-
-    from lora_cli.model.adapter import check_adapter_folder
-
     check_adapter_folder(Path(path))
     found = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.adapter is not None

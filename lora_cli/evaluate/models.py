@@ -5,7 +5,6 @@ Knows how a target becomes a model on a device; knows nothing about rows or figu
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from lora_cli.config import Config
 from lora_cli.engine.assembly import causal_lm, leave_casting_to_autocast, load_model, make_computation
 from lora_cli.engine.computation import Computation
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
+from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.selftest import prove_run
 from lora_cli.errors import ModelError
 from lora_cli.evaluate.target import Target
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
-from lora_cli.model.fingerprint import weights_fingerprint
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from lora_cli.model.weights import describe_quantization
 from lora_cli.report.events import Emit, Warned, Working
@@ -136,10 +135,7 @@ def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool =
 
 def _check_same_base(target: Target) -> None:
     folder = Path(target.config.model.name_or_path).expanduser()
-    if target.run is None or not target.run.environment_file.is_file() or not folder.is_dir():
-        return
-    noted = json.loads(target.run.environment_file.read_text(encoding="utf-8"))["fingerprints"]["base"]
-    if noted is not None and noted != weights_fingerprint(folder):
+    if target.run is not None and base_has_changed(target.run, folder):
         raise ModelError(
             f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",
             remedy="Put the same revision back in its place.",

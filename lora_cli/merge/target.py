@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_cli.config import Config, ModelConfig, load_config
+from lora_cli.engine.provenance import base_has_changed
 from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import looks_like_folder
-from lora_cli.model.fingerprint import weights_fingerprint
 from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -121,11 +120,7 @@ def check_same_base(target: Target, folder: Path) -> None:
     Raises:
         ModelError: the run noted another fingerprint of its base's weights.
     """
-    if target.run is None or not target.run.environment_file.is_file():
-        return
-    noted: dict[str, Any] = json.loads(target.run.environment_file.read_text(encoding="utf-8"))
-    known = noted.get("fingerprints", {}).get("base")
-    if known is not None and known != weights_fingerprint(folder):
+    if target.run is not None and base_has_changed(target.run, folder):
         raise ModelError(
             f"{folder.absolute()} isn't the base that {target.run.path.absolute()} was trained on: "
             "its weights have changed",

@@ -32,8 +32,8 @@ def load_base(
     Unquantized weights come in `dtype`; quantized ones compute in it unless `compute_dtype` says otherwise.
 
     Raises:
-        ModelError: pickled or missing weight files, a checkpoint that doesn't fill the model, a base that comes
-            quantized by another method, or a model that bitsandbytes leaves mostly unquantized.
+        ModelError: pickled or missing weight files, a checkpoint that doesn't fill the model or holds more layers,
+            or a base that comes quantized by another method.
     """
     import torch
     from safetensors import SafetensorError

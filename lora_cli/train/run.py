@@ -5,7 +5,6 @@ config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Lo
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,10 @@ import torch
 from lora_cli.config import Config, dump_config, load_config
 from lora_cli.data.cache import tokenizer_fingerprint
 from lora_cli.engine.assembly import causal_lm, load_model, make_computation, make_trainable, trainable_parameters
+from lora_cli.engine.computation import Computation
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
 from lora_cli.engine.planning import Prepared, check_against_plan, prepare
+from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.step import Learner
 from lora_cli.engine.world import World, join_world
 from lora_cli.errors import RunFolderError
@@ -72,7 +73,7 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
     emit(Planned(prepared.plan))
     model, learner = _assemble(prepared, world, emit)
     with folder.claim(resume=resume) if world.is_main else nullcontext():
-        position = _start(folder, learner, prepared, resume, emit)
+        position = _start(folder, learner, prepared, world, resume, emit)
         if world.is_main:
             _write_origin(folder, prepared)
         return _run(folder, prepared, model, learner, position, world, emit)
@@ -87,7 +88,7 @@ def _assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedM
     model = make_trainable(base, config, computation, prepared.tokenizer)
     if not config.model.resize_embeddings:
         check_against_plan(model, prepared.plan)
-    return model, _learner(model, prepared, world)
+    return model, _learner(model, prepared, computation, world)
 
 
 def _run(
@@ -122,9 +123,8 @@ def _say_if_worse(position: Position, emit: Emit) -> None:
         emit(Warned(f"no evaluation was better than the base's {base:.4f}; the best was {position.best_eval_loss:.4f}"))
 
 
-def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, world: World) -> Learner:
+def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, computation: Computation, world: World) -> Learner:
     train = prepared.config.train
-    computation = make_computation(prepared.config, prepared.proof, world.device)
     parameters = trainable_parameters(model)
     world.copy_from_main([p.data for p in parameters.values()])
     optimizer = make_optimizer(train, parameters, world.device)
@@ -139,8 +139,10 @@ def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, world: Worl
     )
 
 
-def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool, emit: Emit) -> Position:
+def _start(folder: RunFolder, learner: Learner, prepared: Prepared, world: World, resume: bool, emit: Emit) -> Position:
     """Where the run begins: at its newest complete checkpoint when it is resumed, else before the first step.
+
+    Every process reads; only the main one, which holds the folder's lock, removes what came after.
 
     Raises:
         RunFolderError: the data is not what the checkpoint was made on.
@@ -151,8 +153,7 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
         return fresh
     newest = newest_checkpoint(folder)
     if newest is None:
-        folder.cut_metrics(0)
-        remove_later_checkpoints(folder, 0)
+        _cut_back(folder, fresh, world)
         return fresh
     position, fingerprint = load_checkpoint(newest, learner)
     if fingerprint != prepared.train.fingerprint:
@@ -160,8 +161,7 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
             f"the training rows are not those that {folder.path} was trained on",
             remedy="Bring the data back as it was, or start anew with --output-dir.",
         )
-    folder.cut_metrics(position.metrics_bytes)
-    remove_later_checkpoints(folder, position.step)
+    _cut_back(folder, position, world)
     if position.asked_micro_batch_tokens != tokens:
         position.micro_batch_tokens = position.asked_micro_batch_tokens = tokens
     if position.threads != torch.get_num_threads():
@@ -172,6 +172,13 @@ def _start(folder: RunFolder, learner: Learner, prepared: Prepared, resume: bool
             )
         )
     return position
+
+
+def _cut_back(folder: RunFolder, position: Position, world: World) -> None:
+    """Remove what was written of steps that will be taken again."""
+    if world.is_main:
+        folder.cut_metrics(position.metrics_bytes)
+        remove_later_checkpoints(folder, position.step)
 
 
 def _as_before(folder: RunFolder, config: Config) -> Config:
@@ -205,10 +212,7 @@ def _refuse_other_base(folder: RunFolder, config: Config) -> None:
     Raises:
         RunFolderError: they have changed.
     """
-    if not folder.environment_file.is_file():
-        return
-    noted = json.loads(folder.environment_file.read_text(encoding="utf-8"))["fingerprints"]["base"]
-    if noted is not None and noted != _base_fingerprint(config):
+    if base_has_changed(folder, Path(config.model.name_or_path).expanduser()):
         raise RunFolderError(
             f"{config.model.name_or_path} isn't the base that {folder.path} was started on: its weights have changed",
             remedy="Put the same weights back in their place, or start anew with --output-dir.",
