@@ -83,6 +83,32 @@ def full_token_losses(model: PreTrainedModel, batch: FlatBatch, **attention: Any
         return F.cross_entropy(logits_TV[batch.predictors].float(), batch.targets, reduction="none")
 
 
+def group_losses(model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int, **attention: Any) -> Tensor:
+    """[count] float32: `chunked_loss` of each group of supervised tokens; each sum takes a gradient of its own.
+
+    For a head that isn't trained.
+
+    Args:
+        groups_S: [S], int64, below `count`.
+    """
+    hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
+    assert not parameters, "the gradient of a head isn't kept apart by groups"
+    rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
+    sums: Tensor = _GroupLosses.apply(hidden_SM, head, batch.targets, groups_S, count, rows)  # type: ignore[no-untyped-call]
+    return sums
+
+
+def full_group_losses(
+    model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int, **attention: Any
+) -> Tensor:
+    """[count] losses as `group_losses` gives them, from the whole model's logits."""
+    logits_TV = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False, **attention
+    ).logits[0]
+    losses_S = F.cross_entropy(logits_TV[batch.predictors].float(), batch.targets, reduction="none")
+    return losses_S.new_zeros(count).index_add(0, groups_S, losses_S)
+
+
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that its own forward calls for hidden states.
 
@@ -184,6 +210,32 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *parameter_grads = ctx.saved_tensors
         return (hidden_grad * grad.to(hidden_grad.dtype), None, None, None, *(g * grad for g in parameter_grads))
+
+
+class _GroupLosses(torch.autograd.Function):
+    """`_ChunkedLoss` summed by group: what comes in for a group multiplies the gradients of its own rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, groups_S: Tensor, count: int, rows: int
+    ) -> Tensor:
+        sums = torch.zeros(count, dtype=torch.float32, device=hidden_SM.device)
+        hidden_grads: list[Tensor] = []
+        pieces = zip(hidden_SM.split(rows), targets_S.split(rows), groups_S.split(rows), strict=True)
+        for hidden_CM, targets_C, groups_C in pieces:
+            with torch.enable_grad():
+                hidden_CM = hidden_CM.detach().requires_grad_()
+                losses_C = F.cross_entropy(head(hidden_CM).float(), targets_C, reduction="none")
+                (grad,) = torch.autograd.grad(losses_C.sum(), hidden_CM)
+            sums.index_add_(0, groups_C, losses_C.detach())
+            hidden_grads.append(grad)
+        ctx.save_for_backward(torch.cat(hidden_grads), groups_S)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, groups_S = ctx.saved_tensors
+        return (hidden_grad * grad[groups_S, None].to(hidden_grad.dtype), None, None, None, None, None)
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -77,7 +77,6 @@ def train_step(learner: Learner, batches: Iterable[FlatBatch], num_supervised: i
     Raises:
         OutOfMemory: on every process when any one of them ran out; the step can be taken again, in smaller pieces.
     """
-    parameters = list(learner.parameters.values())
     loss = torch.zeros((), dtype=torch.float32, device=world.device)
     ran_out = False
     try:
@@ -88,6 +87,16 @@ def train_step(learner: Learner, batches: Iterable[FlatBatch], num_supervised: i
     if world.any(ran_out):
         learner.optimizer.zero_grad(set_to_none=True)
         raise OutOfMemory
+    return update(learner, loss, world)
+
+
+def update(learner: Learner, loss: Tensor, world: World) -> StepResult:
+    """The second half of a step: gradients summed over processes, clipped, applied, and cleared.
+
+    Args:
+        loss: of this process's micro-batches, a float32 scalar on the device.
+    """
+    parameters = list(learner.parameters.values())
     sum_gradients(parameters, loss, world)
     learner.scaler.unscale_(learner.optimizer)
     grad_norm = global_norm(parameters)
