@@ -131,6 +131,8 @@ class Engine:
     """The largest dropout probability that is active in the model; above 0, results depend on the packing."""
     notes: tuple[str, ...] = ()
     """Why something runs the slower way."""
+    fusion: str | None = None
+    """What runs by the fused arithmetic for a CPU: `layers`, `linears`, or nothing."""
 
 
 @dataclass(frozen=True)

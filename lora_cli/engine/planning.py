@@ -150,6 +150,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
             gradient_checkpointing=bool(resolved.train.gradient_checkpointing),
             dropout=largest_dropout(model),
             notes=proof.notes,
+            fusion=proof.fusion if device.type == "cpu" else None,
         ),
         memory=settled.memory,
         writes=_writes(resolved, parameters.trainable, steps),

@@ -9,8 +9,7 @@ Dimension names: L tokens of a document, H query heads, K key heads, G = H / K, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,32 +22,26 @@ PLAIN = range(192, 769)
 """Lengths for which plain products were measured to be faster; their weights [H, L, L] / 2 are kept."""
 
 
-@dataclass
-class Kept:
-    """What one document keeps for the way back."""
-
-    log_sums: Tensor | None
-    """Of the flash kernel."""
-    weights: list[Tensor]
-    """[K, block * G, keys] of each block, where plain products were used."""
-
-
 def attend(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, lengths: Sequence[int], scale: float
-) -> tuple[Tensor, list[Kept]]:
-    """[T, H, E], and what is kept of each document."""
-    out_THE = torch.empty_like(query_THE)
-    kept = []
-    for q, k, v, out in zip(*(t.split(list(lengths)) for t in (query_THE, key_TKE, value_TKE, out_THE)), strict=True):
-        if q.shape[0] in PLAIN and q.dtype == torch.float32:
-            kept.append(Kept(None, _plain(q, k, v, out, scale)))
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """[T, H, E], and what is kept of each document: the weights of each block, or the log-sums of the flash kernel.
+
+    16 bits are computed in float32: the flash kernel for the CPU is several times slower in bfloat16 on its way back.
+    """
+    outputs, kept = [], []
+    for q, k, v in _documents((query_THE, key_TKE, value_TKE), lengths):
+        if q.shape[0] in PLAIN:
+            out, weights = _plain(q, k, v, scale)
+            kept.append(weights)
         else:
             result, log_sums = aten._scaled_dot_product_flash_attention_for_cpu(
                 _batch(q), _batch(k), _batch(v), 0.0, True, scale=scale
             )
-            out.copy_(result[0].transpose(0, 1))
-            kept.append(Kept(log_sums, []))
-    return out_THE, kept
+            out = result[0].transpose(0, 1)
+            kept.append([log_sums])
+        outputs.append(out)
+    return torch.cat(outputs).to(query_THE.dtype), kept
 
 
 def attend_back(
@@ -57,24 +50,30 @@ def attend_back(
     key_TKE: Tensor,
     value_TKE: Tensor,
     out_THE: Tensor,
-    kept: Sequence[Kept],
+    kept: Sequence[Sequence[Tensor]],
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    tensors = (grad_THE, query_THE, key_TKE, value_TKE, out_THE)
-    fresh = tuple(torch.empty_like(t) for t in (query_THE, key_TKE, value_TKE))
-    pieces = zip(*(t.split(list(lengths)) for t in (*tensors, *fresh)), kept, strict=True)
-    for grad, q, k, v, out, dq, dk, dv, one in pieces:
-        if one.log_sums is None:
-            _plain_back(grad, q, k, v, one.weights, scale, (dq, dk, dv))
-            continue
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _batch(grad), _batch(q), _batch(k), _batch(v), _batch(out), one.log_sums, 0.0, True, scale=scale
-        )
-        for place, found in zip((dq, dk, dv), grads, strict=True):
-            place.copy_(found[0].transpose(0, 1))
-    return fresh
+    found: tuple[list[Tensor], ...] = ([], [], [])
+    pieces = _documents((grad_THE, query_THE, key_TKE, value_TKE, out_THE), lengths)
+    for (grad, q, k, v, out), one in zip(pieces, kept, strict=True):
+        if q.shape[0] in PLAIN:
+            grads = _plain_back(grad, q, k, v, one, scale)
+        else:
+            batched = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _batch(grad), _batch(q), _batch(k), _batch(v), _batch(out), one[0], 0.0, True, scale=scale
+            )
+            grads = tuple(g[0].transpose(0, 1) for g in batched)
+        for pile, result in zip(found, grads, strict=True):
+            pile.append(result)
+    dq, dk, dv = (torch.cat(pile).to(query_THE.dtype) for pile in found)
+    return dq, dk, dv
+
+
+def _documents(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    """Each document's rows of each tensor, in float32."""
+    return zip(*(t.float().split(list(lengths)) for t in tensors), strict=True)
 
 
 def _batch(x_LHE: Tensor) -> Tensor:
@@ -87,13 +86,13 @@ def _rows(x_LHE: Tensor, key_heads: int) -> Tensor:
     return x_LHE.view(length, key_heads, heads // key_heads, size).transpose(0, 1).reshape(key_heads, -1, size)
 
 
-def _plain(q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, out_LHE: Tensor, scale: float) -> list[Tensor]:
+def _plain(q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
     length, heads, size = q_LHE.shape
     key_heads = k_LKE.shape[1]
     groups = heads // key_heads
     q, k, v = _rows(q_LHE, key_heads), _rows(k_LKE, key_heads), _rows(v_LKE, key_heads)
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu_(1)
-    weights = []
+    weights, outputs = [], []
     for start in range(0, length, BLOCK):
         end = min(length, start + BLOCK)
         rows = slice(start * groups, end * groups)
@@ -103,25 +102,18 @@ def _plain(q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, out_LHE: Tensor, scale: 
         own.masked_fill_(future[: end - start, None, : end - start], float("-inf"))
         torch.softmax(scores, -1, out=scores)
         weights.append(scores)
-        found = torch.bmm(scores, v[:, :end]).view(key_heads, end - start, groups, size)
-        out_LHE[start:end].view(end - start, key_heads, groups, size).copy_(found.transpose(0, 1))
-    return weights
+        outputs.append(torch.bmm(scores, v[:, :end]).view(key_heads, end - start, groups, size))
+    return _tokens(torch.cat(outputs, dim=1)), weights
 
 
 def _plain_back(
-    grad_LHE: Tensor,
-    q_LHE: Tensor,
-    k_LKE: Tensor,
-    v_LKE: Tensor,
-    weights: list[Tensor],
-    scale: float,
-    into: tuple[Tensor, Tensor, Tensor],
-) -> None:
+    grad_LHE: Tensor, q_LHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, weights: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     length, heads, size = q_LHE.shape
     key_heads = k_LKE.shape[1]
     groups = heads // key_heads
     g, q, k, v = (_rows(t, key_heads) for t in (grad_LHE, q_LHE, k_LKE, v_LKE))
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for start, weight in zip(range(0, length, BLOCK), weights, strict=True):
         end = min(length, start + BLOCK)
         rows = slice(start * groups, end * groups)
@@ -129,7 +121,12 @@ def _plain_back(
         grad = torch.bmm(g[:, rows], v[:, :end].transpose(1, 2))
         grad = aten._softmax_backward_data(grad, weight, -1, torch.float32)
         dk[:, :end].baddbmm_(grad.transpose(1, 2), q[:, rows], alpha=scale)
-        dq = torch.bmm(grad, k[:, :end]).mul_(scale).view(key_heads, end - start, groups, size)
-        into[0][start:end].view(end - start, key_heads, groups, size).copy_(dq.transpose(0, 1))
-    into[1].copy_(dk.transpose(0, 1))
-    into[2].copy_(dv.transpose(0, 1))
+        into = dq[:, rows]
+        torch.baddbmm(into, grad, k[:, :end], beta=0, alpha=scale, out=into)
+    return _tokens(dq.view(key_heads, length, groups, size)), dk.transpose(0, 1), dv.transpose(0, 1)
+
+
+def _tokens(x_KLGE: Tensor) -> Tensor:
+    """[L, H, E], the opposite of `_rows`; a view where there is one query head for each key head."""
+    key_heads, length, groups, size = x_KLGE.shape
+    return x_KLGE.transpose(0, 1).reshape(length, key_heads * groups, size)

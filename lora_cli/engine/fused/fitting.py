@@ -8,6 +8,7 @@ it is and runs whenever a call asks for more: evaluation, generation with a cach
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -26,13 +27,18 @@ Fusion = Literal["layers", "linears"]
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_DTYPES = (torch.float32, torch.bfloat16)
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fuse(model: nn.Module, fusion: Fusion | None) -> int:
-    """Put the fused arithmetic in place of what it fits, or with None the modules' own code back; how many it fitted."""
+    """Put the fused arithmetic in place of what it fits, or with None the modules' own code back; how many it fitted.
+
+    0 with `layers` when no whole layer fits, whatever its linear layers do.
+    """
     for module in model.modules():
-        module.__dict__.pop("forward", None) if _is_ours(module) else None
+        if _is_ours(module):
+            del module.forward
     if fusion is None:
         return 0
     fitted, within = 0, set[int]()
@@ -42,6 +48,8 @@ def fuse(model: nn.Module, fusion: Fusion | None) -> int:
                 _replace(module, _layer_forward)
                 within.update(id(inner) for inner in module.modules())
                 fitted += 1
+        if not fitted:
+            return 0
     for module in model.modules():
         if id(module) not in within and plain_lora(module) is not None:
             _replace(module, _linear_forward)
@@ -78,9 +86,8 @@ def _adapted(module: nn.Module) -> Adapted | None:
             return None
         name = lora.active_adapters[0]
         base = cast(nn.Linear, lora.base_layer)
-        return Adapted(
-            base.weight, base.bias, lora.lora_A[name].weight, lora.lora_B[name].weight, float(lora.scaling[name])
-        )
+        a, b = cast(nn.Linear, lora.lora_A[name]), cast(nn.Linear, lora.lora_B[name])
+        return Adapted(base.weight, base.bias, a.weight, b.weight, float(lora.scaling[name]))
     if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
         return Adapted(module.weight, module.bias, None, None)
     return None
@@ -141,39 +148,44 @@ def _layer_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Te
     if not (plain and lengths and positions and torch.is_grad_enabled() and module.training):
         return own(hidden_states, *args, **kwargs)
     layer = _layer_of(module)
-    if layer is None or hidden_states.shape[0] != 1 or _window(module.self_attn) < max(lengths):
-        return own(hidden_states, *args, **kwargs)
     cos, sin = positions
+    if layer is None or not _takes(layer, hidden_states, cos) or _window(module) < max(lengths):
+        return own(hidden_states, *args, **kwargs)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        out = FusedLayer.apply(hidden_states[0], layer, cos[0], sin[0], lengths, *layer.trained)
+        out: Tensor = FusedLayer.apply(hidden_states[0], layer, cos[0], sin[0], lengths, *layer.trained)  # type: ignore[no-untyped-call]
     return out.unsqueeze(0)
 
 
-def _window(attention: nn.Module) -> float:
+def _takes(layer: DecoderLayer, hidden_1TM: Tensor, cos_1TE: Tensor) -> bool:
+    """Whether everything has one dtype that is multiplied here, and positions turn the whole of each head."""
+    dtypes = {linear.weight.dtype for linear in layer.linears} | {hidden_1TM.dtype}
+    fits = len(dtypes) == 1 and hidden_1TM.dtype in _DTYPES
+    return fits and hidden_1TM.shape[0] == 1 and cos_1TE.shape[-1] == layer.head_size
+
+
+def _window(module: nn.Module) -> float:
     """The longest document that no sliding window cuts: some keep it with the layer, Mistral in its config."""
-    found = [vars(attention).get("sliding_window"), vars(vars(attention).get("config", attention)).get("sliding_window")]
+    attention = cast(nn.Module, module.self_attn)
+    found = [
+        vars(attention).get("sliding_window"),
+        vars(vars(attention).get("config", attention)).get("sliding_window"),
+    ]
     return min((window for window in found if isinstance(window, int)), default=float("inf"))
 
 
 def _linear_forward(module: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    layer = None
-    if torch.is_grad_enabled() and module.training and not args and not kwargs:
-        layer = _adapted(module)
-    if layer is None or x.dtype != layer.weight.dtype or layer.a is None:
+    plain = torch.is_grad_enabled() and module.training and not args and not kwargs
+    layer = _adapted(module) if plain else None
+    if layer is None or layer.a is None or x.dtype != layer.weight.dtype or x.dtype not in _DTYPES:
         return own(x, *args, **kwargs)
     with torch.autocast(x.device.type, enabled=False):
-        return LoraLinear.apply(x, layer, *layer.trained)
+        return LoraLinear.apply(x, layer, *layer.trained)  # type: ignore[no-untyped-call]
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-    own = module.forward
-
-    def fused_forward(*args: Any, **kwargs: Any) -> Any:
-        return forward(module, own, *args, **kwargs)
-
-    module.forward = fused_forward
+    module.forward = partial(forward, module, module.forward)  # a partial, so that a copied model calls its own parts
 
 
 def _is_ours(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
-    return getattr(forward, "__qualname__", "").startswith("_replace.")
+    return isinstance(forward, partial) and forward.func in (_layer_forward, _linear_forward)

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 def rms_scale(x_TM: Tensor, eps: float) -> Tensor:
     """[T, 1] float32: 1 / sqrt(mean of squares + eps)."""
-    norm = torch.linalg.vector_norm(x_TM, dim=-1, keepdim=True, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x_TM, dim=-1, keepdim=True, dtype=torch.float32)
     return norm.square_().div_(x_TM.shape[-1]).add_(eps).rsqrt_()
 
 
