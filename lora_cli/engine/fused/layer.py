@@ -83,10 +83,10 @@ class FusedLayer(torch.autograd.Function):
         scale_2 = rms_scale(hidden_TM, layer.block_norm.eps)
         normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
         out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, hidden_TM)
-        ctx.layer, ctx.lengths, ctx.num_kept = layer, lengths, [len(one) for one in kept]
+        ctx.layer, ctx.lengths, ctx.num_kept = layer, lengths, len(kept)
         ctx.save_for_backward(
-            *(x_TM, scale_1, query, key, value, attended, hidden_TM, scale_2, cos_TE, sin_TE, gate_TI, up_TI),
-            *(t for one in kept for t in one),
+            *(x_TM, scale_1, attended, hidden_TM, scale_2, cos_TE, sin_TE, gate_TI, up_TI),
+            *kept,
             *trained,  # their versions are checked on the way back
         )
         return out_TM
@@ -94,11 +94,8 @@ class FusedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
-        x_TM, scale_1, query, key, value, attended, hidden_TM, scale_2, cos_TE, sin_TE, gate_TI, up_TI, *rest = (
-            ctx.saved_tensors
-        )
-        tensors = iter(rest)
-        kept = [[next(tensors) for _ in range(count)] for count in ctx.num_kept]
+        x_TM, scale_1, attended, hidden_TM, scale_2, cos_TE, sin_TE, gate_TI, up_TI, *rest = ctx.saved_tensors
+        kept = rest[: ctx.num_kept]
         dtype = x_TM.dtype
         normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
         back_TM, block_grads = gated.gated_back(layer.block, grad_TM, normed, gate_TI, up_TI)
@@ -108,9 +105,7 @@ class FusedLayer(torch.autograd.Function):
         flat = attended.view(len(attended), -1)
         attended_grad = torch.empty_like(flat)
         last.add(flat, [hidden_grad], attended_grad)
-        grads = documents.attend_back(
-            attended_grad.view(attended.shape), query, key, value, attended, kept, ctx.lengths, layer.scale
-        )
+        grads = documents.attend_back(attended_grad.view(attended.shape), attended, kept, ctx.lengths, layer.scale)
         for turned in grads[:2]:
             rotate(turned, cos_TE[:, None], -sin_TE[:, None])
         normed = rms_norm(x_TM, scale_1, layer.attention_norm.weight)
