@@ -1,7 +1,7 @@
 """A gated feed-forward block with LoRA, down(act(gate(x)) * up(x)), there and back, in blocks of tokens.
 
-A block's wide intermediate values stay in the processor's cache from one product to the next. Kept for the way back
-are gate and up before the activation, nothing else that is wide.
+Blocks bound the memory of wide intermediate values; smaller ones, which would stay in the processor's cache, were
+slower on two cores. Kept for the way back are gate and up before the activation, nothing else that is wide.
 
 Dimension names: T tokens, M model width, I intermediate width.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from lora_cli.engine.fused.linear import Adapted, Gradients, Joined
 from lora_cli.engine.fused.pointwise import Activation
 
-_CACHE_BYTES = 2**20
-"""Of one intermediate tensor of a block, for each thread: a few of them fit into a core's second-level cache."""
+BLOCK = 2048
+"""Tokens of a block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +30,13 @@ class GatedBlock:
     activation: Activation
 
 
-def block_rows(wide_TI: Tensor) -> int:
-    """Tokens of a block: as many as stay in the cache, but enough that weights aren't read too often."""
-    rows = _CACHE_BYTES * torch.get_num_threads() // (wide_TI.shape[1] * wide_TI.element_size())
-    return max(256, min(2048, rows // 64 * 64))
-
-
 def gated(block: GatedBlock, x_TM: Tensor, residual_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The block's output added to `residual_TM`, as a fresh tensor; and gate and up, [T, I], for the way back."""
     width = block.gate.weight.shape[0]
     out_TM = torch.empty_like(residual_TM)
     gate_TI, up_TI = x_TM.new_empty(x_TM.shape[0], width), x_TM.new_empty(x_TM.shape[0], width)
     first, last = Joined((block.gate, block.up), x_TM.dtype), Joined([block.down], x_TM.dtype)
-    pieces = zip(*(t.split(block_rows(gate_TI)) for t in (x_TM, gate_TI, up_TI, out_TM)), strict=True)
+    pieces = zip(*(t.split(BLOCK) for t in (x_TM, gate_TI, up_TI, out_TM)), strict=True)
     for x, gate, up, out in pieces:
         first.project(x, (gate, up))
         last.project(block.activation.there(gate).mul_(up), [out])
@@ -56,7 +50,7 @@ def gated_back(
     first = Gradients(Joined((block.gate, block.up), x_TM.dtype))
     last = Gradients(Joined([block.down], x_TM.dtype))
     into_TM = torch.empty_like(x_TM)
-    pieces = zip(*(t.split(block_rows(gate_TI)) for t in (grad_TM, x_TM, gate_TI, up_TI, into_TM)), strict=True)
+    pieces = zip(*(t.split(BLOCK) for t in (grad_TM, x_TM, gate_TI, up_TI, into_TM)), strict=True)
     for grad, x, gate, up, into in pieces:
         activated = block.activation.there(gate)
         back = torch.empty_like(gate)

@@ -28,8 +28,8 @@ from tests.unit.engine.tiny import tiny_config, tiny_model
 
 LAYERS = replace(PACKED, fusion="layers")
 LINEARS = replace(PACKED, fusion="linears")
-LONG = (300, 3, 191, 192, 40)
-"""Documents on both sides of the length where attention goes another way, and longer than its blocks."""
+LONG = (300, 3, 191, 290, 1, 192, 40)
+"""Some of about one length, whose attention is one operation, and some that stand alone."""
 MAKES = ("llama", "qwen2", "mistral")
 """Whole layers of these are fused."""
 Gradients = dict[str, Tensor]
@@ -93,7 +93,7 @@ def test_losses_are_those_of_a_padded_loop(model_type: str, tokens: int, world: 
 
 def test_blocks_of_tokens_are_summed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = gradients(live("llama"), LAYERS, LENGTHS, world, 4096)
-    monkeypatch.setattr(gated, "block_rows", lambda wide_TI: 10)
+    monkeypatch.setattr(gated, "BLOCK", 10)
     assert apart(gradients(live("llama"), LAYERS, LENGTHS, world, 4096), whole) < 1e-6
 
 
