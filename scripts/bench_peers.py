@@ -3,11 +3,11 @@
     python scripts/bench_peers.py --trl .peers/trl              about eight minutes on two cores
     python scripts/bench_peers.py --only lora,loop --tiny       a smoke test; its figures mean nothing
 
-`--trl` is a virtual environment that has TRL (`python -m venv .peers/trl; .peers/trl/bin/pip install trl`); without it,
-TRL's rows are left out. Every way trains one epoch with LoRA r 16 on all linear layers, 16 rows a step; a first start
-of one step fills what it caches. Appends a row of JSON for each to `--rows`, prints a table, and fails where losses
-that should agree don't. Tokens per second count no padding, and are taken between the ends of the first and the last
-step. `--page` writes table and plot from the rows.
+`--trl` and `--llama-factory` are virtual environments that hold them (`python -m venv .peers/trl`, then
+`.peers/trl/bin/pip install trl peft`); without them these rows are left out. Every way trains one epoch with LoRA r 16
+on all linear layers, 16 rows a step; a first start of two steps fills what it caches. Appends a row of JSON for each to
+`--rows`, prints a table, and fails where losses that should agree don't. Tokens per second count no padding, and are
+taken between the ends of the first and the last step. `--page` writes table and plot from the rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def main() -> int:
         write_page(arguments.rows, ROOT / "docs")
         return 0
     wanted = set(arguments.only.split(",")) if arguments.only else {way.name for way in WAYS}
-    pythons = {"lora": Path(sys.executable).parent, "trl": arguments.trl and arguments.trl.absolute() / "bin"}
+    pythons = {"lora": Path(sys.executable).parent} | {
+        name: getattr(arguments, name) and getattr(arguments, name).absolute() / "bin"
+        for name in ("trl", "llama_factory")
+    }
     ways = [way for way in WAYS if way.name in wanted and pythons[way.environment] is not None]
     folder = arguments.world.absolute()
     facts = ready_world(folder, TINY if arguments.tiny else Shape(rows=arguments.data_rows))
@@ -66,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", help=f"of {','.join(way.name for way in WAYS)}")
     parser.add_argument("--trl", type=Path, help="virtual environment with TRL")
+    parser.add_argument("--llama-factory", type=Path, help="virtual environment with LLaMA-Factory")
     parser.add_argument("--world", type=Path, default=Path(".bench"), help="where model and data go (%(default)s)")
     parser.add_argument("--rows", type=Path, default=Path(".bench/rows.jsonl"), help="measurements (%(default)s)")
     parser.add_argument("--data-rows", type=int, default=400, help="conversations (%(default)s)")

@@ -16,6 +16,7 @@ from lora_cli.config import Config, dump_config, load_config
 from lora_cli.data.cache import tokenizer_fingerprint
 from lora_cli.engine.assembly import causal_lm, load_model, make_computation, make_trainable, trainable_parameters
 from lora_cli.engine.computation import Computation
+from lora_cli.engine.freed import keep_freed_memory
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
 from lora_cli.engine.planning import Prepared, check_against_plan, prepare
 from lora_cli.engine.provenance import base_has_changed
@@ -82,6 +83,8 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
 def _assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedModel | PeftModel, Learner]:
     """The model with its weights, and what trains it. The last of the user's mistakes show here: nothing is written."""
     config = prepared.config
+    if world.device.type == "cpu":
+        keep_freed_memory()
     emit(Working("loading weights"))
     computation = make_computation(config, prepared.proof, world.device)
     base = load_model(config, prepared.architecture, computation, world.device)

@@ -64,8 +64,9 @@ def plot(rows: Sequence[Row]) -> str:
     most = max(row["tokens_per_second"] for row in rows)
     pitch, left, width = 26, 230, 760
     height = pitch * len(rows) + 34
+    box = f'viewBox="0 0 {width} {height}" font-size="13" font-family="sans-serif"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-size="13" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {box}>',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         '<text x="12" y="18" font-weight="bold">tokens per second, padding not counted</text>',
     ]

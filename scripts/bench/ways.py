@@ -83,6 +83,43 @@ def _trl(*settings: str, packed: bool = False) -> Callable[[Path, Facts, int | N
     return command
 
 
+def _llama_factory(folder: Path, facts: Facts, steps: int | None) -> list[str]:
+    described = {
+        "file_name": "train.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }
+    (folder / "data" / "dataset_info.json").write_text(json.dumps({"bench": described}), encoding="utf-8")
+    settings = {
+        "model_name_or_path": str(folder / "model"),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "lora_target": "all",
+        "dataset_dir": str(folder / "data"),
+        "dataset": "bench",
+        "template": "chatml",
+        "cutoff_len": LONGEST,
+        "output_dir": str(folder / "runs" / "llama-factory"),
+        "per_device_train_batch_size": ROWS_PER_STEP,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": SEED,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | ({} if steps is None else {"max_steps": steps})
+    config = folder / "llama-factory.yaml"  # JSON is YAML; files of that name it doesn't read
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    return ["llamafactory-cli", "train", str(config)]
+
+
 _TRAINER_LINE = re.compile(r"'loss': '?([0-9.]+)")
 _LORA_LINE = re.compile(r"\bloss=([0-9.]+)")
 _JSON_LINE = re.compile(r'"loss": ([0-9.]+)')
@@ -109,6 +146,7 @@ WAYS: Sequence[Way] = (
         _TRAINER_LINE,
         environment="trl",
     ),
+    Way("llama-factory", "LLaMA-Factory", _llama_factory, _TRAINER_LINE, environment="llama_factory"),
     Way(
         "lora-bf16",
         "lora train, bfloat16",

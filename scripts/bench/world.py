@@ -11,9 +11,13 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.random import Generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 MEDIAN, NINTH_DECILE, LONGEST = 70, 500, 512
 ROWS_PER_STEP = 16
@@ -28,6 +32,8 @@ TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+FRAME = 14
+"""Tokens of a conversation's template, and what a turn's first word may take more without its space."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -69,10 +75,12 @@ def make_world(folder: Path, shape: Shape) -> Facts:
     draw = np.random.Generator(np.random.PCG64(SEED))
     words = _words(draw, shape.vocabulary)
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    rows = [_conversation(draw, words) for _ in range(shape.rows)]
+    tokenizer = _write_tokenizer(folder / "model", words, shape.vocabulary)
+    sizes = [len(tokenizer(" " + word)["input_ids"]) for word in words]
+    rows = [_conversation(draw, words, sizes) for _ in range(shape.rows)]
     with (folder / "data" / "train.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    vocabulary = _write_tokenizer(folder / "model", words, shape.vocabulary)
+    vocabulary = len(tokenizer)
     parameters, in_layers, in_head = _write_model(folder / "model", shape, vocabulary)
     lengths, supervised, steps = _write_steps(folder, shape)
     facts = Facts(
@@ -87,10 +95,16 @@ def _words(draw: Generator, count: int) -> list[str]:
     return ["".join(draw.choice(letters, int(draw.integers(2, 9)))) for _ in range(count)]
 
 
-def _conversation(draw: Generator, words: list[str]) -> dict[str, list[dict[str, str]]]:
+def _conversation(draw: Generator, words: list[str], sizes: list[int]) -> dict[str, list[dict[str, str]]]:
+    """A question and an answer that together have a log-normal number of tokens, and never lose the answer to a cut."""
     spread = np.log(NINTH_DECILE / MEDIAN) / statistics.NormalDist().inv_cdf(0.9)
-    length = int(np.clip(np.exp(draw.normal(np.log(MEDIAN), spread)), 16, 2 * LONGEST)) - 10  # less the template's
-    picked = [words[min(int(draw.zipf(1.2)), len(words)) - 1] for _ in range(max(length, 4))]
+    length = int(np.clip(np.exp(draw.normal(np.log(MEDIAN), spread)), 16, LONGEST)) - FRAME
+    picked: list[str] = []
+    while length > 0 or len(picked) < 2:
+        number = min(int(draw.zipf(1.2)), len(words)) - 1
+        length -= sizes[number]
+        if length >= 0 or len(picked) < 2:
+            picked.append(words[number])
     asked = max(len(picked) * 3 // 5, 1)
     return {
         "messages": [
@@ -100,7 +114,7 @@ def _conversation(draw: Generator, words: list[str]) -> dict[str, list[dict[str,
     }
 
 
-def _write_tokenizer(folder: Path, words: list[str], size: int) -> int:
+def _write_tokenizer(folder: Path, words: list[str], size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +132,7 @@ def _write_tokenizer(folder: Path, words: list[str], size: int) -> int:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
-    return len(fast)
+    return fast
 
 
 def _write_model(folder: Path, shape: Shape, vocabulary: int) -> tuple[int, int, int]:
@@ -157,6 +171,8 @@ def _write_steps(folder: Path, shape: Shape) -> tuple[list[int], int, int]:
     prepared = prepare(Config.model_validate(lora_settings(folder, "float32")), torch.device("cpu"), processes=1)
     examples = prepared.train
     lengths = [int(n) for n in examples.lengths]
+    if len(examples) != shape.rows:  # a row that lora leaves out, others might train on
+        raise RuntimeError(f"lora uses {len(examples)} of {shape.rows} rows: {prepared.plan.data}")
     with (folder / "steps.jsonl").open("w", encoding="utf-8") as file:
         for step in range(1, prepared.plan.steps.total + 1):
             indices = step_examples(step, seed=SEED, count=len(examples), batch_size=ROWS_PER_STEP, draw=examples.draw)
