@@ -90,7 +90,7 @@ def prove_run(config: Config, architecture: PretrainedConfig) -> Proof:
         config.adapter,
         attn_implementation=config.model.attn_implementation,
         wanted_loss=config.train.loss,
-        fused=config.train.fused,
+        fused=config.train.fused and config.model.quantization is None,  # the copy that proves it isn't quantized
     )
 
 

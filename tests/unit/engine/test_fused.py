@@ -13,18 +13,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lora_cli.config import AdapterConfig
+from lora_cli.config import AdapterConfig, QuantizationConfig
 from lora_cli.engine import selftest
 from lora_cli.engine.assembly import leave_casting_to_autocast
 from lora_cli.engine.computation import Computation
 from lora_cli.engine.fused import documents, fitting, gated, layer
 from lora_cli.engine.fused.fitting import Fusion, fuse
-from lora_cli.engine.selftest import prove
+from lora_cli.engine.selftest import prove, prove_run
 from lora_cli.engine.step import accumulate
 from lora_cli.engine.world import World
 from tests.unit.engine.learning import LENGTHS, PACKED, batches, engine_steps, examples, make_learner, with_adapter
 from tests.unit.engine.padded import padded_gradients, padded_steps
 from tests.unit.engine.tiny import tiny_config, tiny_model
+from tests.unit.estimate.models import make_config
 
 LAYERS = replace(PACKED, fusion="layers")
 LINEARS = replace(PACKED, fusion="linears")
@@ -239,6 +240,10 @@ def test_the_proof_finds_what_fits(model_type: str, fusion: Fusion | None) -> No
 def test_nothing_is_fused_unasked() -> None:
     assert prove(tiny_config("llama"), AdapterConfig(r=4), fused=False).fusion is None
     assert prove(tiny_config("llama"), None).fusion is None
+    config = make_config("unread")
+    assert prove_run(config, tiny_config("llama")).fusion == "layers"
+    quantized = config.model.model_copy(update={"quantization": QuantizationConfig(type="nf4")})
+    assert prove_run(config.model_copy(update={"model": quantized}), tiny_config("llama")).fusion is None
 
 
 def _wrong_scale(real: Callable[..., Any]) -> Callable[..., Any]:
