@@ -1,6 +1,5 @@
 """Is the adapter better than its base, and by how much?
 
-    target      a run folder, an adapter folder or a config -> what is to be judged
     rows        which rows, and whether they were trained on
     models      the base, loaded once as trained, with adapters put on and taken off
     scoring     each row's loss and right tokens

@@ -18,10 +18,9 @@ from lora_cli.config import Config
 from lora_cli.engine.assembly import causal_lm, leave_casting_to_autocast, load_model, make_computation
 from lora_cli.engine.computation import Computation
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
-from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.selftest import prove_run
+from lora_cli.engine.trained import Target, check_same_base
 from lora_cli.errors import ModelError
-from lora_cli.evaluate.target import Target
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
@@ -113,7 +112,7 @@ def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool =
     if not quantized:
         model = config.model.model_copy(update={"quantization": None})
         config = config.model_copy(update={"model": model})
-    _check_same_base(target)
+    check_same_base(target, Path(target.model.name_or_path).expanduser())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = read_architecture(config.model)
     emit(Working("proving packing and loss"))
@@ -131,15 +130,6 @@ def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool =
     if device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)
     return Loaded(config, base, computation, device, tokens)
-
-
-def _check_same_base(target: Target) -> None:
-    folder = Path(target.config.model.name_or_path).expanduser()
-    if target.run is not None and base_has_changed(target.run, folder):
-        raise ModelError(
-            f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",
-            remedy="Put the same revision back in its place.",
-        )
 
 
 def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -13,10 +13,10 @@ from lora_cli.data.formats import Completion
 from lora_cli.data.loading import open_sources, set_chat_template
 from lora_cli.data.plain import PlainLayout
 from lora_cli.engine.generation import Generated, Sampling
+from lora_cli.engine.trained import Target, adapter_folder, find_target
 from lora_cli.errors import DataError, UserError
 from lora_cli.evaluate.answers import answer_all
 from lora_cli.evaluate.models import Reader, load_target, read_target
-from lora_cli.evaluate.target import Target, adapter_folder, find_target
 from lora_cli.report.comparison import Generations, Output
 from lora_cli.report.events import Emit, Working, ignore
 

@@ -1,6 +1,5 @@
 """Merging: an adapter into its base, streamed from disk to disk and verified.
 
-    target         a run, an adapter or a config -> adapter and base
     shards         safetensors files, byte by byte
     layout         tensors on disk <-> parameters of the model, through transformers' conversions
     base           the base's parameters, as on disk or as a quantized run saw them

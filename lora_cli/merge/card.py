@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 
+from lora_cli.engine.trained import Target
 from lora_cli.merge.result import MergeReport
-from lora_cli.merge.target import Target
 from lora_cli.runs.card import hub_id
 
 
 def merged_card(target: Target, report: MergeReport, settings: str) -> str:
     """README.md of the merged model; `settings` describes the adapter."""
     base = hub_id(target.model.name_or_path)
-    title = re.sub(r"[^\w .-]", " ", target.name).strip()
+    title = re.sub(r"[^\w .-]", " ", target.title).strip()
     lines = ["---"]
     if base:
         lines += [f"base_model: {json.dumps(base)}", "base_model_relation: finetune"]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_cli.engine.trained import Target
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
 from lora_cli.merge.forward import Weights, adapted_logits, plain_logits, skeleton
@@ -23,7 +24,6 @@ from lora_cli.merge.placing import lay_over
 from lora_cli.merge.result import Distance, Verification
 from lora_cli.merge.rows import Rows
 from lora_cli.merge.streaming import Merger
-from lora_cli.merge.target import Target
 from lora_cli.merge.work import Job, Work
 from lora_cli.report.events import Emit, Working
 
@@ -70,7 +70,7 @@ class Stage:
         return self._valid(plain_logits(self._skeleton(base), weights, self._input_ids))
 
     def _adapted(self) -> AdaptedModel:
-        return lay_over(self._skeleton(self.base), self.target.adapter)
+        return lay_over(self._skeleton(self.base), self.target.result)
 
     def _skeleton(self, base: Base) -> PreTrainedModel:
         return skeleton(base.config, trust_remote_code=self.target.model.trust_remote_code, device=self.device)

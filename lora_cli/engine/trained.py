@@ -1,4 +1,4 @@
-"""What is to be evaluated: a run folder, an adapter folder or a config, as one value.
+"""What a command is pointed at once something was trained: a run folder, an adapter folder, a config, or a whole model.
 
 Knows where an adapter names its base, and where its run says how it was trained. Loads nothing.
 """
@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.config import Config, load_config
+from lora_cli.config import Config, ModelConfig, load_config
+from lora_cli.engine.provenance import base_has_changed
 from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.model.adapter import check_adapter_folder
+from lora_cli.model.architecture import looks_like_folder
 from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_ANY = "Give a run folder, an adapter folder or a config file."
 
 
 @dataclass(frozen=True)
@@ -28,41 +31,55 @@ class Target:
     """As it was given."""
     config: Config
     result: Path
-    """The folder of the adapter; of the whole model, where it was trained in full (`adapter: null`)."""
+    """The folder of the adapter; of the whole model, where it was trained in full (`adapter: null`). The tokenizer
+    that was trained with lies there, too."""
     run: RunFolder | None
     """The run that made it, where there is one."""
+    whole: bool = False
+    """A model by itself, not made by a run that is known: a base, or a merged one."""
 
     @property
     def bare(self) -> bool:
-        """Nothing says how the adapter was trained: `config` holds its base, defaults, and no rows."""
+        """Nothing says how it was trained: `config` holds its base, defaults, and no rows."""
         return self.run is None
 
+    @property
+    def model(self) -> ModelConfig:
+        """The base, as it was trained on."""
+        return self.config.model
 
-def find_target(target: Path | str, overrides: Sequence[str] = ()) -> Target:
-    """What `target` names, with `overrides` of its config.
+    @property
+    def title(self) -> str:
+        """How it is called in a model card."""
+        return (self.run.path if self.run is not None else self.result).resolve().name
+
+
+def find_target(target: Path | str, overrides: Sequence[str] = (), *, whole_models: bool = False) -> Target:
+    """What `target` names, with `overrides` of its config; with `whole_models` also a model's folder or hub id.
 
     Raises:
-        UserError: there is nothing there, or nothing that can be evaluated.
+        UserError: there is nothing there, or nothing that can be used.
     """
     path = Path(target).expanduser()
     if path.is_file():
         return _of_run(str(target), path, overrides, folder=None)
     if not path.is_dir():
-        raise UserError(
-            f"nothing at {path.absolute()}", remedy="Give a run folder, an adapter folder or a config file."
-        )
+        if whole_models and not looks_like_folder(str(target)):
+            return _whole(str(target), path, overrides)
+        raise UserError(f"nothing at {path.absolute()}", remedy=_ANY)
     if (path / _ADAPTER_CONFIG).is_file():
         run = RunFolder(path.absolute().parent)
         if run.config_file.is_file() and run.adapter_dir == path.absolute():
             return _of_run(str(target), run.config_file, overrides, folder=run)
         return _of_bare_adapter(str(target), path, overrides)
     run = RunFolder(path)
-    if not run.config_file.is_file():
-        raise UserError(
-            f"{path.absolute()} holds neither {run.config_file.name} nor {_ADAPTER_CONFIG}",
-            remedy="Give a run folder, an adapter folder or a config file.",
-        )
-    return _of_run(str(target), run.config_file, overrides, folder=run)
+    if run.config_file.is_file():
+        return _of_run(str(target), run.config_file, overrides, folder=run)
+    if (path / "config.json").is_file():
+        if whole_models:
+            return _whole(str(target), path, overrides)
+        raise UserError(f"{path.absolute()} is a whole model, not an adapter", remedy=_ANY)
+    raise UserError(f"{path.absolute()} holds neither {run.config_file.name} nor {_ADAPTER_CONFIG}", remedy=_ANY)
 
 
 def adapter_folder(path: str) -> Path:
@@ -76,6 +93,19 @@ def adapter_folder(path: str) -> Path:
     found = inner if inner.is_dir() else folder
     check_adapter_folder(found)
     return found
+
+
+def check_same_base(target: Target, folder: Path) -> None:
+    """Refuse a base, in `folder`, that isn't the one that the run was trained on.
+
+    Raises:
+        ModelError: the run noted another fingerprint of its base's weights.
+    """
+    if target.run is not None and base_has_changed(target.run, folder):
+        raise ModelError(
+            f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",
+            remedy="Put the same revision back in its place.",
+        )
 
 
 def _of_run(name: str, config_file: Path, overrides: Sequence[str], *, folder: RunFolder | None) -> Target:
@@ -103,13 +133,21 @@ def _of_bare_adapter(name: str, folder: Path, overrides: Sequence[str]) -> Targe
             f"{(folder / _ADAPTER_CONFIG).absolute()} names no base model (base_model_name_or_path)",
             remedy="Write the base's hub id or folder there, or give the config that it was trained with.",
         )
+    return Target(name, _minimal(base, settings.get("revision"), folder, overrides), folder, None)
+
+
+def _whole(name: str, folder: Path, overrides: Sequence[str]) -> Target:
+    return Target(name, _minimal(name, None, folder, [*overrides, "adapter=null"]), folder, None, whole=True)
+
+
+def _minimal(base: str, revision: str | None, folder: Path, overrides: Sequence[str]) -> Config:
+    """A config that says no more than which base it is."""
     minimal: dict[str, Any] = {
-        "model": {"name_or_path": base, "revision": settings.get("revision")},
+        "model": {"name_or_path": base, "revision": revision},
         "data": {"train": "-"},
         "output_dir": str(folder),
     }
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "adapter.yaml"
         file.write_text(json.dumps(minimal), encoding="utf-8")  # JSON is YAML
-        config = load_config(file, overrides)
-    return Target(name, config, folder, None)
+        return load_config(file, overrides)
