@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_cli.errors import UserError
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
+from lora_cli.merge.merger import Merger
 from lora_cli.merge.result import BaseChoice, ChosenBase
-from lora_cli.merge.streaming import Merger
 from lora_cli.merge.verification import Stage, distance
 from lora_cli.merge.work import plan_work
 

@@ -20,10 +20,10 @@ from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
 from lora_cli.merge.forward import Weights, adapted_logits, plain_logits, skeleton
 from lora_cli.merge.layout import Group
+from lora_cli.merge.merger import Merger
 from lora_cli.merge.placing import lay_over
 from lora_cli.merge.result import Distance, Verification
 from lora_cli.merge.rows import Rows
-from lora_cli.merge.streaming import Merger
 from lora_cli.merge.work import Job, Work
 from lora_cli.report.events import Emit, Working
 
