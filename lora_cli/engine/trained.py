@@ -6,6 +6,7 @@ Knows where an adapter names its base, and where its run says how it was trained
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,6 +96,14 @@ def adapter_folder(path: str) -> Path:
     return found
 
 
+def split_weight(text: str) -> tuple[str, float]:
+    """`DIR:0.7` as the folder and its weight; without one the weight is 1."""
+    if Path(text).expanduser().exists():
+        return text, 1.0
+    found = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
+    return (found[1], float(found[2])) if found else (text, 1.0)
+
+
 def check_same_base(target: Target, folder: Path) -> None:
     """Refuse a base, in `folder`, that isn't the one that the run was trained on.
 
@@ -142,8 +151,9 @@ def _whole(name: str, folder: Path, overrides: Sequence[str]) -> Target:
 
 def _minimal(base: str, revision: str | None, folder: Path, overrides: Sequence[str]) -> Config:
     """A config that says no more than which base it is."""
+    model = {"name_or_path": base, "revision": revision, "quantization": _comes_quantized(Path(base).expanduser())}
     minimal: dict[str, Any] = {
-        "model": {"name_or_path": base, "revision": revision},
+        "model": model,
         "data": {"train": "-"},
         "output_dir": str(folder),
     }
@@ -151,3 +161,19 @@ def _minimal(base: str, revision: str | None, folder: Path, overrides: Sequence[
         file = Path(temporary) / "adapter.yaml"
         file.write_text(json.dumps(minimal), encoding="utf-8")  # JSON is YAML
         return load_config(file, overrides)
+
+
+def _comes_quantized(base: Path) -> dict[str, Any] | None:
+    """The quantization that a base in a folder brings along, if bitsandbytes made it; others are refused where used."""
+    file = base / "config.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    if found.get("quant_method") != "bitsandbytes":
+        return None
+    if found.get("load_in_8bit"):
+        return {"type": "int8"}
+    return {
+        "type": found.get("bnb_4bit_quant_type", "fp4"),
+        "double_quant": bool(found.get("bnb_4bit_use_double_quant")),
+    }

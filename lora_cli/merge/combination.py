@@ -7,7 +7,6 @@ the base stands in with weights that take no room.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lora_cli.engine.trained import Target, find_target
+from lora_cli.engine.trained import Target, find_target, split_weight
 from lora_cli.errors import ModelError, UserError
 from lora_cli.merge.placing import WEIGHTS, lay_over, read_adapter
 from lora_cli.merge.result import CombinedAdapter, Method
@@ -47,7 +46,7 @@ def find_weighted(texts: Sequence[str]) -> list[Weighted]:
     """
     found = []
     for text in texts:
-        path, weight = _split(text)
+        path, weight = split_weight(text)
         found.append(Weighted(find_adapter(path), weight))
     first = found[0].target
     for other in found[1:]:
@@ -196,10 +195,3 @@ def _check_plain(target: Target) -> None:
             f"{target.result.absolute()} was trained with {', '.join(found)}, which can't be combined",
             remedy="Merge it by itself.",
         )
-
-
-def _split(text: str) -> tuple[str, float]:
-    if Path(text).exists():
-        return text, 1.0
-    found = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
-    return (found[1], float(found[2])) if found else (text, 1.0)

@@ -1,0 +1,71 @@
+"""Commands that make something new of what was trained: merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lora_cli.cli.options import AsJson, answer, print_json
+
+
+def merge(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET", help="A run folder, adapter folder or config; several are combined, each as DIR:WEIGHT."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the model goes.")],
+    base: Annotated[
+        Literal["original", "quantized"] | None,
+        typer.Option(help="Merge into the weights as on the hub, or as trained."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the merged weights.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE")] = "5GB",
+    method: Annotated[
+        Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"],
+        typer.Option(help="How several adapters are combined; cat is their exact weighted sum."),
+    ] = "cat",
+    density: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of values that ties, dare and pruning keep.")
+    ] = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write the combination as an adapter; no base is read.")
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Streaming, verified merge.
+
+    Writes a model that needs no adapter, and compares it with base + adapter. Exits 3 if they differ.
+    """
+    from lora_cli.merge import combine_adapters, merge
+    from lora_cli.report.console import Console, show
+    from lora_cli.report.merging import render_combination, render_merge
+
+    if as_adapter:
+        combination = combine_adapters(targets, output, method=method, density=density)
+        if as_json:
+            print_json(combination.as_json())
+        else:
+            show(render_combination(combination))
+        return
+    with Console(quiet_stdout=True) as console:
+        result = merge(
+            targets,
+            output,
+            base=base,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            verify=not no_verify,
+            method=method,
+            density=density,
+            emit=console.emit,
+        )
+    if as_json:
+        print_json(result.as_json())
+    else:
+        show(render_merge(result))
+    answer(result.problem is None, f"the merge is not fit for use: {result.problem}")
