@@ -30,6 +30,13 @@ def choose_base(
     Raises:
         UserError: quantized weights are asked for, and the run had none.
     """
+    if base.packed is not None:
+        if asked == "original":
+            raise UserError(
+                f"--base original: {base.folder.absolute()} itself lies on disk in {base.packed}; it has no others",
+                remedy="Leave --base away: the weights that it was trained on can be unpacked exactly.",
+            )
+        return ChosenBase("quantized", f"its {base.packed} weights on disk, unpacked as in training"), None
     if base.quantized is None:
         if asked == "quantized":
             raise UserError(

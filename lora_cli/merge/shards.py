@@ -55,6 +55,16 @@ class StoredTensor:
     offset: int
     num_bytes: int
 
+    @property
+    def packed(self) -> bool:
+        """Whether its bytes are something else than its numbers."""
+        return False
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        return self.dtype
+
     def read(self) -> Tensor:
         """Its values, in memory of their own."""
         if self.num_bytes == 0:

@@ -89,6 +89,6 @@ def find_sliced(job: Job, merger: Merger) -> Sliced | None:
     if merger.as_quantized and merger.base.quantized is not None:
         return None
     stored = job.stored[0]
-    if len(stored.shape) != 2 or stored.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if stored.packed or len(stored.shape) != 2 or stored.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return None
     return Sliced(merger.adapted, unit, group.parameters[0], stored, job.slots[0].dtype)

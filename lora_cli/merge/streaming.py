@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
 
+import torch
+
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
 from lora_cli.merge.heap import one_thread_each, reused_memory
 from lora_cli.merge.merger import Merger
 from lora_cli.merge.output import Output
-from lora_cli.merge.shards import Slot
+from lora_cli.merge.shards import Slot, byte_size
 from lora_cli.merge.slices import find_sliced
 from lora_cli.merge.work import Job, Work
 from lora_cli.report.events import Emit, Working
@@ -139,7 +141,7 @@ class _Room:
 
 def _weight(job: Job) -> int:
     """About how many bytes a job holds at its peak: base, sum and delta in float32, and what is read and written."""
-    return sum(4 * stored.num_bytes * 4 // max(1, stored.dtype.itemsize) for stored in job.stored)
+    return sum(4 * byte_size(torch.float32, stored.shape) for stored in job.stored)
 
 
 def _shards(work: Work, max_shard_bytes: int) -> dict[str, list[Slot]]:

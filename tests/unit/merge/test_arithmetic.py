@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from lora_cli.config import ModelConfig, QuantizationConfig
-from lora_cli.merge import slices as slices
+from lora_cli.errors import UserError
+from lora_cli.merge import merge, slices
 from lora_cli.merge.base import open_base
 from lora_cli.merge.placing import lay_over
 from lora_cli.merge.streaming import Written, write_merged
@@ -189,3 +191,35 @@ def test_quantized_weights_are_those_that_transformers_makes(
         found = base.read(of[parameter], as_quantized=True)[parameter]
         expected = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
         assert torch.equal(found.T if base.quantized.transposed[parameter] else found, expected.float()), parameter
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "mixtral"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+def test_a_base_that_lies_quantized_on_disk_is_unpacked(tmp_path: Path, name: str, quantization: str) -> None:
+    """As transformers unpacks it, plus the delta, rounded once; the folder is a plain model again."""
+    settings: Any = {"load_in_8bit": True}
+    if quantization != "int8":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": quantization, "bnb_4bit_use_double_quant": True}
+    plain = save_base(tmp_path / "plain", name, torch.bfloat16)
+    live = AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**settings)
+    )
+    live.save_pretrained(tmp_path / "packed")
+    adapter = save_adapter(tmp_path / "adapter", plain, target_modules="all-linear")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "packed")}))
+    report = merge([str(adapter)], tmp_path / "merged")
+    assert report.verified, report.problem
+    assert report.base.base == "quantized"
+
+    unpacked = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    for path, layer in live.named_modules():
+        if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
+            weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+            held: Any = unpacked.get_submodule(path)
+            held.weight.data = (weight.T if type(held).__name__ == "Conv1D" else weight).float()
+    expected = PeftModel.from_pretrained(unpacked, str(adapter)).merge_and_unload().state_dict()
+    check_equal(tmp_path / "merged", {key: value.bfloat16() for key, value in expected.items()})
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    with pytest.raises(UserError, match="itself lies on disk"):
+        merge([str(adapter)], tmp_path / "again", base="original")
