@@ -4,7 +4,7 @@
     before     init, check, preview, params, estimate-vram, schema
     runs       train, eval
     generation generate, and the chat
-    merging    merge
+    merging    merge, extract, export
     options    what several commands share
     help       the grouped help page, and typos
     failures   errors -> a message and an exit code

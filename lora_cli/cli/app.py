@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": runs.evaluate,
     "generate": generation.generate,
     "merge": merging.merge,
+    "extract": merging.extract,
     "schema": before.schema,
 }
 for name, function in COMMANDS.items():

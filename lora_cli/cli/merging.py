@@ -1,4 +1,4 @@
-"""Commands that make something new of what was trained: merge."""
+"""Commands that make something new of what was trained: merge, extract."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def merge(
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the merged weights.")] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE")] = "5GB",
     method: Annotated[
-        Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"],
-        typer.Option(help="How several adapters are combined; cat is their exact weighted sum."),
+        str,
+        typer.Option(metavar="METHOD", help="How several adapters are combined; cat is their exact weighted sum."),
     ] = "cat",
     density: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of values that ties, dare and pruning keep.")
@@ -69,3 +69,43 @@ def merge(
     else:
         show(render_merge(result))
     answer(result.problem is None, f"the merge is not fit for use: {result.problem}")
+
+
+def extract(
+    tuned: Annotated[
+        str, typer.Argument(metavar="TUNED", help="A run of full fine-tuning, or a whole model.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the adapter goes.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="ID", help="Hub id or folder of its base, where no run says it.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, metavar="R", help="Of each layer's product.")] = 16,
+    modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Save this module whole, such as embed_tokens. May be repeated."),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the comparison on text.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """An adapter from a fully fine-tuned model.
+
+    For each linear layer the product of the given rank that comes nearest to its change, with the error that is left.
+    """
+    from lora_cli.merge import extract
+    from lora_cli.report.console import Console, show
+    from lora_cli.report.merging import render_extraction
+
+    with Console(quiet_stdout=True) as console:
+        found = extract(
+            tuned,
+            output,
+            base=base,
+            rank=rank,
+            modules_to_save=modules_to_save or (),
+            verify=not no_verify,
+            emit=console.emit,
+        )
+    if as_json:
+        print_json(found.as_json())
+    else:
+        show(render_extraction(found))

@@ -20,12 +20,15 @@
     heap           memory used again, a thread of arithmetic per core
     card, result   what is said about it
     merging        all of it, in order
+    factors        the low-rank product nearest to a matrix
+    extraction     an adapter from a fully fine-tuned model
 
 Knows nothing about training or screens.
 """
 
 from lora_cli.merge.combination import combine_adapters
+from lora_cli.merge.extraction import extract
 from lora_cli.merge.merging import merge
-from lora_cli.merge.result import CombinedAdapter, MergeReport
+from lora_cli.merge.result import CombinedAdapter, Extraction, MergeReport
 
-__all__ = ["CombinedAdapter", "MergeReport", "combine_adapters", "merge"]
+__all__ = ["CombinedAdapter", "Extraction", "MergeReport", "combine_adapters", "extract", "merge"]

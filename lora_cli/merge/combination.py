@@ -27,7 +27,8 @@ from lora_cli.model.architecture import build_on_meta, read_architecture
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-NEEDS_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+NEEDS_DENSITY = ("ties", "dare", "magnitude_prune")
+"""How the names of those methods begin."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def find_adapter(text: str) -> Target:
     return found
 
 
-def combine(parts: Sequence[Weighted], method: Method, density: float | None, folder: Path) -> Target:
+def combine(parts: Sequence[Weighted], method: str, density: float | None, folder: Path) -> Target:
     """The target whose adapter is the combination of `parts`; it is written to `folder`.
 
     Raises:
@@ -86,7 +87,7 @@ def combine(parts: Sequence[Weighted], method: Method, density: float | None, fo
     """
     if method not in get_args(Method):
         raise UserError(f"--method {method} is not one of {', '.join(get_args(Method))}")
-    if method in NEEDS_DENSITY and (density is None or not 0 < density <= 1):
+    if method.startswith(NEEDS_DENSITY) and (density is None or not 0 < density <= 1):
         raise UserError(f"--method {method} needs --density, the share of values to keep, such as 0.5")
     first = parts[0].target
     architecture = read_architecture(first.model)
@@ -101,7 +102,7 @@ def combine(parts: Sequence[Weighted], method: Method, density: float | None, fo
 
 
 def combine_adapters(
-    targets: Sequence[str], output: Path, *, method: Method = "cat", density: float | None = None
+    targets: Sequence[str], output: Path, *, method: str = "cat", density: float | None = None
 ) -> CombinedAdapter:
     """Several adapters, each as TARGET or TARGET:WEIGHT, as one adapter in `output`.
 
@@ -119,7 +120,7 @@ def combine_adapters(
     return CombinedAdapter(str(output), describe(parts, method), config.r)
 
 
-def describe(parts: Sequence[Weighted], method: Method) -> str:
+def describe(parts: Sequence[Weighted], method: str) -> str:
     """`cat of docs x 0.7, chat x 0.3`"""
     return f"{method} of " + ", ".join(f"{part.target.title} x {part.weight:g}" for part in parts)
 
@@ -128,13 +129,13 @@ def _write(
     parts: Sequence[Weighted],
     architecture: PretrainedConfig,
     copied: Set[str],
-    method: Method,
+    method: str,
     density: float | None,
     folder: Path,
 ) -> None:
     model: Any = None
     names = [f"part{number}" for number in range(len(parts))]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         for name, part in zip(names, parts, strict=True):
             path = str(part.target.result)
@@ -146,6 +147,7 @@ def _write(
             # The combination takes its settings from the first part, and PEFT has put its scaling into the weights.
             model.peft_config[name].use_rslora = False
         try:
+            torch.manual_seed(0)  # dare draws what it drops
             model.add_weighted_adapter(
                 names,
                 [part.weight for part in parts],

@@ -21,7 +21,7 @@ from lora_cli.merge.card import merged_card
 from lora_cli.merge.choice import choose_base
 from lora_cli.merge.combination import combine, describe, find_weighted
 from lora_cli.merge.placing import lay_over
-from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Method, Verification
+from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Verification
 from lora_cli.merge.rows import rows_for
 from lora_cli.merge.staging import accompany, check_free, commit, set_aside, staged
 from lora_cli.merge.streaming import Written, write_merged
@@ -48,7 +48,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
-    method: Method = "cat",
+    method: str = "cat",
     density: float | None = None,
     emit: Emit = ignore,
 ) -> MergeReport:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_cli.report import numbers
-from lora_cli.report.layout import labelled, page_width, short_path, warning
+from lora_cli.report.layout import INDENT, labelled, page_width, short_path, table, warning, wrap
 
 if TYPE_CHECKING:
-    from lora_cli.merge import CombinedAdapter, MergeReport
+    from lora_cli.merge import CombinedAdapter, Extraction, MergeReport
+    from lora_cli.merge.result import Likeness
 
 
 def render_merge(report: MergeReport, width: int | None = None) -> str:
@@ -30,6 +31,40 @@ def render_combination(result: CombinedAdapter, width: int | None = None) -> str
     width = width or page_width()
     rows = [("adapter", f"{short_path(result.output)}, rank {result.rank}"), ("made of", result.combination)]
     return "\n".join(line for label, text in rows for line in labelled(label, text, width))
+
+
+def render_extraction(found: Extraction, width: int | None = None, *, layers: int = 12) -> str:
+    """What `extract` shows: how much of each layer's change the adapter explains, the worst layers first."""
+    width = width or page_width()
+    worst = sorted(found.modules, key=lambda module: -module.error)
+    rows = [(module.name, str(module.rank), f"{module.change:.2%}", f"{module.error:.1%}") for module in worst[:layers]]
+    lines = table(("layer", "rank", "change", "missed"), rows, width)
+    if len(worst) > layers:
+        lines += wrap(f"and {len(worst) - layers:,} layers that miss less; all are in --json", width, first=INDENT)
+    size = f"{short_path(found.output)}, rank {found.rank}, {numbers.size(found.num_bytes)}"
+    facts = [("adapter", size), ("missed", f"{found.error:.1%} of the change of {len(worst):,} layers together")]
+    if found.saved_whole:
+        facts.append(("whole", ", ".join(found.saved_whole)))
+    if found.left_out:
+        facts.append(("not held", f"{len(found.left_out):,} other tensors that changed: {_some(found.left_out)}"))
+    check = found.likeness
+    if check is not None:
+        facts.append(("checked", _likeness(check)))
+    return "\n".join([*lines, "", *(line for label, text in facts for line in labelled(label, text, width))])
+
+
+def _likeness(check: Likeness) -> str:
+    return (
+        f"{numbers.counted(check.positions, 'position')} of {check.rows} against the tuned model\n"
+        f"KL {check.kl_adapter:.1e}, of the base alone {check.kl_base:.1e}; same top token "
+        f"{check.top1_adapter:.2%}, {check.top1_base:.2%}\n"
+        f"loss {numbers.loss(check.loss_adapter)}, tuned {numbers.loss(check.loss_tuned)}, "
+        f"base {numbers.loss(check.loss_base)}"
+    )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _merged(report: MergeReport) -> str:

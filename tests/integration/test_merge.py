@@ -184,3 +184,27 @@ def test_the_screen_fits_a_narrow_terminal(
     assert all(len(line) <= 60 or "/" in line for line in out.splitlines())
     for label in ("merged", "base", "checked", "control", "verdict"):
         assert f"\n  {label} " in f"\n{out}"
+
+
+def test_an_adapter_of_a_full_fine_tuning(
+    trained: Callable[..., Run],
+    lora: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained("adapter=null", "train.learning_rate=3e-3")
+    code, out, err = lora("extract", run.folder, "--rank", "8", "--output", tmp_path / "extracted", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["likeness"]["kl_adapter"] < found["likeness"]["kl_base"]
+    assert 0 < found["error"] < 1
+    assert len(found["modules"]) == 8
+    card = (tmp_path / "extracted" / "README.md").read_text()
+    assert "library_name: peft" in card and str(tmp_path) not in card
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, err = lora("extract", run.folder, "--rank", "2", "--output", tmp_path / "smaller")
+    assert code == 0, err
+    assert all(len(line) <= 60 or "/" in line for line in out.splitlines())
+    code, _, err = lora("merge", run.folder, "--output", tmp_path / "merged")
+    assert code == 2
+    assert "lora extract" in err
