@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generation.generate,
     "merge": merging.merge,
     "extract": merging.extract,
+    "export": merging.export,
     "schema": before.schema,
 }
 for name, function in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Commands that make something new of what was trained: merge, extract."""
+"""Commands that make something new of what was trained: merge, extract, export."""
 
 from __future__ import annotations
 
@@ -109,3 +109,35 @@ def extract(
         print_json(found.as_json())
     else:
         show(render_extraction(found))
+
+
+def export(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="A merged or whole model, a run or an adapter.", show_default=False),
+    ],
+    to: Annotated[Literal["gguf", "ollama", "vllm"], typer.Option("--to", help="Whom it is for.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="A .gguf file, or Ollama's folder.")
+    ] = None,
+    type_name: Annotated[
+        Literal["auto", "f32", "f16", "bf16", "q8_0"],
+        typer.Option("--type", help="Of the weights in GGUF; auto loses nothing."),
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """For llama.cpp, Ollama and vLLM.
+
+    A GGUF file of a model or of an unmerged adapter, a folder for Ollama, or vLLM's command line. What can't be
+    converted says why.
+    """
+    from lora_cli.export import export
+    from lora_cli.report.console import Console, show
+    from lora_cli.report.merging import render_export
+
+    with Console(quiet_stdout=True) as console:
+        found = export(target, to, output, type_name=type_name, emit=console.emit)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        show(render_export(found))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_cli.report import numbers
-from lora_cli.report.layout import INDENT, labelled, page_width, short_path, table, warning, wrap
+from lora_cli.report.layout import INDENT, command, labelled, page_width, short_path, table, warning, wrap
 
 if TYPE_CHECKING:
+    from lora_cli.export import Exported
     from lora_cli.merge import CombinedAdapter, Extraction, MergeReport
     from lora_cli.merge.result import Likeness
 
@@ -51,6 +52,20 @@ def render_extraction(found: Extraction, width: int | None = None, *, layers: in
     if check is not None:
         facts.append(("checked", _likeness(check)))
     return "\n".join([*lines, "", *(line for label, text in facts for line in labelled(label, text, width))])
+
+
+def render_export(found: Exported, width: int | None = None) -> str:
+    """What `export` shows: what was written, and the command that starts it."""
+    width = width or page_width()
+    facts = []
+    if found.output is not None and found.num_bytes is not None:
+        tensors = f", {numbers.counted(found.tensors, 'tensor')}" if found.tensors else ""
+        facts.append(("wrote", f"{short_path(found.output)}, {numbers.size(found.num_bytes)}"))
+        facts.append((found.what, f"{found.architecture}, {found.type}{tensors}"))
+    facts += [("note", note) for note in found.notes]
+    lines = [line for label, text in facts for line in labelled(label, text, width)]
+    label = "next" if facts else "serve"
+    return "\n".join([*lines, *command(found.command, width, first=f"{INDENT}{label:<9}")])
 
 
 def _likeness(check: Likeness) -> str:
