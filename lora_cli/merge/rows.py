@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MOST_POSITIONS = 2048
-_LOGIT_BYTES = 96 * 2**20
+_LOGIT_BYTES = 64 * 2**20
 """For one pass; two passes are held at a time."""
 _LONGEST = 256
 _SHORTEST = 16
