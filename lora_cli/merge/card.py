@@ -59,7 +59,8 @@ def _figures(report: MergeReport, settings: str) -> list[tuple[str, str]]:
         ("adapter", settings),
         (
             "merged",
-            f"{report.changed:,} of {report.tensors:,} tensors, summed in float32, rounded once to {report.dtype}",
+            f"{report.changed:,} of {report.tensors:,} tensors, summed in float32"
+            + ("" if report.dtype == "float32" else f", rounded once to {report.dtype}"),
         ),
         ("into", f"the {report.base.base} weights: {report.base.why}"),
     ]

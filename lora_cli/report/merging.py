@@ -38,12 +38,18 @@ def render_extraction(found: Extraction, width: int | None = None, *, layers: in
     """What `extract` shows: how much of each layer's change the adapter explains, the worst layers first."""
     width = width or page_width()
     worst = sorted(found.modules, key=lambda module: -module.error)
-    rows = [(module.name, str(module.rank), f"{module.change:.2%}", f"{module.error:.1%}") for module in worst[:layers]]
+    rows = [
+        (module.name, str(module.rank), numbers.percent(100 * module.change, 2), numbers.percent(100 * module.error))
+        for module in worst[:layers]
+    ]
     lines = table(("layer", "rank", "change", "missed"), rows, width)
     if len(worst) > layers:
         lines += wrap(f"and {len(worst) - layers:,} layers that miss less; all are in --json", width, first=INDENT)
     size = f"{short_path(found.output)}, rank {found.rank}, {numbers.size(found.num_bytes)}"
-    facts = [("adapter", size), ("missed", f"{found.error:.1%} of the change of {len(worst):,} layers together")]
+    facts = [
+        ("adapter", size),
+        ("missed", f"{numbers.percent(100 * found.error)} of the change of {len(worst):,} layers together"),
+    ]
     if found.saved_whole:
         facts.append(("whole", ", ".join(found.saved_whole)))
     if found.left_out:
@@ -64,7 +70,8 @@ def render_export(found: Exported, width: int | None = None) -> str:
         facts.append((found.what, f"{found.architecture}, {found.type}{tensors}"))
     facts += [("note", note) for note in found.notes]
     lines = [line for label, text in facts for line in labelled(label, text, width)]
-    label = "next" if facts else "serve"
+    # An adapter's command names a base that the user has to put there.
+    label = "serve" if not facts else "next" if found.what == "model" else "use"
     return "\n".join([*lines, *command(found.command, width, first=f"{INDENT}{label:<9}")])
 
 
@@ -72,7 +79,7 @@ def _likeness(check: Likeness) -> str:
     return (
         f"{numbers.counted(check.positions, 'position')} of {check.rows} against the tuned model\n"
         f"KL {check.kl_adapter:.1e}, of the base alone {check.kl_base:.1e}; same top token "
-        f"{check.top1_adapter:.2%}, {check.top1_base:.2%}\n"
+        f"{numbers.percent(100 * check.top1_adapter, 2)}, {numbers.percent(100 * check.top1_base, 2)}\n"
         f"loss {numbers.loss(check.loss_adapter)}, tuned {numbers.loss(check.loss_tuned)}, "
         f"base {numbers.loss(check.loss_base)}"
     )
@@ -86,7 +93,8 @@ def _merged(report: MergeReport) -> str:
     tensors = f"{numbers.counted(report.tensors, 'tensor')}, {numbers.counts(report.changed)} changed"
     files = f"{report.dtype}, {numbers.size(report.num_bytes)}, {numbers.counted(report.shards, 'shard')}"
     effort = f"{numbers.duration(report.seconds)}, {numbers.size(report.peak_memory_bytes)} RAM"
-    return f"{tensors}; {files}; {effort}\none rounding, from fp32 to {report.dtype}"
+    rounding = "" if report.dtype == "float32" else f", rounded once to {report.dtype}"
+    return f"{tensors}; {files}; {effort}\nsummed in float32{rounding}"
 
 
 def _checked(report: MergeReport) -> str:
@@ -95,7 +103,7 @@ def _checked(report: MergeReport) -> str:
     return (
         f"{numbers.counted(check.positions, 'position')} of {check.rows} against base + adapter\n"
         f"largest logit difference {check.max_logit_difference:.2g} ({check.tolerance:.2g} is tolerated), "
-        f"KL {check.kl:.1e}, same top token {check.top1_agreement:.2%}\n"
+        f"KL {check.kl:.1e}, same top token {numbers.percent(100 * check.top1_agreement, 2)}\n"
         f"loss {numbers.loss(check.loss_merged)}, base + adapter {numbers.loss(check.loss_adapter)}, "
         f"base {numbers.loss(check.loss_base)}"
     )

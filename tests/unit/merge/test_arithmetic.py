@@ -71,7 +71,14 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("llama-tied", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
     ("llama-tied", {"target_modules": ["embed_tokens"], "use_dora": True}),
     ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
-    ("gemma", {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1]}),
+    ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    ("gpt2", {"target_modules": ["c_fc"], "modules_to_save": ["ln_f", "lm_head"]}),
+    ("qwen2", {"target_modules": ["k_proj"], "use_dora": True, "trainable_token_indices": [3, 5]}),
+    ("gemma", {"target_modules": "all-linear", "use_rslora": True}),
+    ("gemma", {"target_modules": ["embed_tokens", "v_proj"]}),
+    ("gemma", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ("gemma2", {"target_modules": ["q_proj", "o_proj", "up_proj"], "layers_to_transform": [1]}),
+    ("mixtral", {"target_modules": ["o_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}),
     ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
     (
         "mixtral",
@@ -81,7 +88,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def oracle_for(base: Path, adapter: Path, settings: dict[str, Any], dtype: torch.dtype, exact: torch.dtype) -> Any:
-    both = "trainable_token_indices" in settings and base.name.endswith("tied")
+    both = "trainable_token_indices" in settings and base.name in ("llama-tied", "qwen2")
     return oracle(base, adapter, dtype, tied=both, exact=exact)
 
 

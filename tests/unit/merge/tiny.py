@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -35,7 +36,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**_SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
-    "gemma": Gemma2Config(**_SMALL, head_dim=8, sliding_window=16),
+    "gemma": GemmaConfig(**_SMALL, head_dim=8),
+    "gemma2": Gemma2Config(**_SMALL, head_dim=8, sliding_window=16),
     "mixtral": MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
 }
 
