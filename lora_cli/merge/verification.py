@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 FACTOR = 4.0
 _SUMMATION = 1e-5
 """Relative: what another order of summation may do in float32."""
+_FINEST = 2.0**-20
+"""Errors of weights are drawn no smaller than this, relative: sums in float32 differ by more than rounding one weight
+to float32 does, and a model that amplifies the one amplifies the other."""
 _CHUNK = 64
 """Positions compared at a time."""
 
@@ -206,7 +209,7 @@ def _noisy(weights: Weights, dtypes: Mapping[str, torch.dtype]) -> Weights:
         generator = torch.Generator().manual_seed(next(generators))
         error = torch.rand(value.shape, generator=generator).sub_(0.5)
         _, exponent = torch.frexp(value)
-        return value + torch.ldexp(error * torch.finfo(dtypes[name]).eps, exponent - 1)
+        return value + torch.ldexp(error * max(torch.finfo(dtypes[name]).eps, _FINEST), exponent - 1)
 
     return read
 

@@ -24,6 +24,7 @@ Merged = dict[str, Tensor]
         ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
         ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
         ("gemma", {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
+        ("gemma2", {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
