@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__
-from lora_cli.cli import before, runs
+from lora_cli.cli import before, generation, merging, runs
 from lora_cli.cli.failures import report_bug
 from lora_cli.cli.help import LoraCommand, LoraGroup
 from lora_cli.cli.quiet import quiet_libraries
@@ -30,8 +30,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "estimate-vram": before.estimate,
     "train": runs.train,
     "eval": runs.evaluate,
-    "generate": runs.generate,
-    "merge": runs.merge,
+    "generate": generation.generate,
+    "merge": merging.merge,
+    "extract": merging.extract,
+    "export": merging.export,
     "schema": before.schema,
 }
 for name, function in COMMANDS.items():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lora_cli.engine.generation import Generated, Sampling
+from lora_cli.engine.trained import Target, adapter_folder, find_target
 from lora_cli.errors import RunFolderError, UserError
 from lora_cli.evaluate.answers import Question, answer_all, answer_limit, questions
 from lora_cli.evaluate.matching import Marks, mark
@@ -19,7 +20,6 @@ from lora_cli.evaluate.records import write_evaluation
 from lora_cli.evaluate.rows import EvaluationRows, load_rows, rows_name
 from lora_cli.evaluate.scoring import RowScores, score_rows
 from lora_cli.evaluate.statistics import Ratio, compare, perplexity, sign_test
-from lora_cli.evaluate.target import Target, adapter_folder, find_target
 from lora_cli.evaluate.verdict import decide, in_words
 from lora_cli.report.comparison import Comparison, Demand, Evaluation, Measure, RowChange
 from lora_cli.report.events import Emit, Warned, Working, ignore

@@ -18,9 +18,9 @@ from lora_cli.config import Config, DataConfig, Source
 from lora_cli.data.examples import Examples, PickedPlaces
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import shuffled
+from lora_cli.engine.trained import Target
 from lora_cli.errors import DataError, UserError
 from lora_cli.evaluate.models import Reader
-from lora_cli.evaluate.target import Target
 from lora_cli.report.events import Emit, Working
 
 if TYPE_CHECKING:

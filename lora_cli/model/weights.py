@@ -25,9 +25,9 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def load_base(
-    model: ModelConfig, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype, attention: str
+    model: ModelConfig, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
-    """The base model on `device`, all parameters frozen.
+    """The base model on `device`, all parameters frozen. `attention` None is transformers' own choice.
 
     Unquantized weights come in `dtype`; quantized ones compute in it unless `compute_dtype` says otherwise.
 

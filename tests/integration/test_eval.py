@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.engine.generation import Sampling
+from lora_cli.engine.trained import find_target
 from lora_cli.errors import DataError, ModelError, RunFolderError, UserError
 from lora_cli.evaluate import evaluate, generate
 from lora_cli.evaluate.models import load_target, read_target
 from lora_cli.evaluate.rows import load_rows
-from lora_cli.evaluate.target import find_target
 from lora_cli.report.events import Warned, ignore
 
 
