@@ -36,10 +36,13 @@ def train(
 
 def evaluate(
     target: Target,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Rows to evaluate on.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Rows to evaluate on: a file, a hub id, or {path, split}.")
+    ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Generate answers as well.")] = False,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="DIR", help="Judge this one, too. May be repeated.")
+        list[str] | None,
+        typer.Option(metavar="DIR", help="Judge this adapter or merged model, too. May be repeated."),
     ] = None,
     base: Annotated[
         Literal["trained", "original", "both"],
@@ -52,10 +55,22 @@ def evaluate(
         int | None,
         typer.Option(min=1, metavar="N", help="Of an answer; by default half as many again as the rows need."),
     ] = None,
+    group_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The loss for each value of a column as well.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="What it finds in answer and reference must be the same.")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Weigh these answers; auto takes those of the rows.")
+    ] = None,
     min_improvement: Annotated[
         float | None, typer.Option(metavar="NATS", help="Exit 3 if the loss falls by less.")
     ] = None,
     fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 3 if the verdict is worse.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where figures, rows and page go, instead of the run folder.")
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,6 +92,10 @@ def evaluate(
             base=base,
             limit=limit,
             max_new_tokens=max_new_tokens,
+            group_by=group_by,
+            pattern=pattern,
+            choices=choices,
+            output=output,
             min_improvement=min_improvement,
             fail_if_worse=fail_if_worse,
             emit=console.emit,

@@ -1,14 +1,17 @@
 """Is the adapter better than its base, and by how much?
 
     target      a run folder, an adapter folder or a config -> what is to be judged
-    rows        which rows, and whether they were trained on
+    rows        which rows, and whether they were trained on; columns: what sets them in groups
+    bench       all that every model is put through, settled before weights are read
     models      the base, loaded once as trained, with adapters put on and taken off
+    remembered  what a base made of the rows, kept for the next adapter
     scoring     each row's loss and right tokens
-    answers     each row's prompt answered
-    matching    answers compared with references
-    statistics  paired bootstrap intervals, the sign test
-    verdict     the figures in words
-    records     what is left in the run folder
+    answers     each row's prompt answered; matching, overlap: answers compared with references
+    choices     rows whose answer is one of a few
+    statistics  paired bootstrap intervals, score intervals, the sign test
+    figures     a pair's measures; verdict: the figures in words
+    changes     the rows that changed most, token by token
+    table       rows.parquet; records: what is left in the run folder
     paired      all of it: `evaluate`
     prompting   `generate`
 

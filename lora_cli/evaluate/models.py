@@ -20,14 +20,15 @@ from lora_cli.engine.computation import Computation
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
 from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.selftest import prove_run
-from lora_cli.errors import ModelError
-from lora_cli.evaluate.target import Target
+from lora_cli.errors import ModelError, UserError
+from lora_cli.evaluate.target import Target, adapter_folder
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
-from lora_cli.model.weights import describe_quantization
+from lora_cli.model.weights import check_weight_files, describe_quantization
 from lora_cli.report.events import Emit, Warned, Working
+from lora_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,13 +63,19 @@ class Loaded:
     def precision(self) -> str:
         return describe_quantization(self.config.model.quantization) or dtype_name(self.computation.dtype)
 
+    def precision_of(self, result: Path) -> str:
+        """At what precision base and result are compared: a merged model runs in the weights that it has."""
+        if self.config.model.quantization is None or is_adapter(result):
+            return self.precision
+        return f"{self.precision}; the model in {dtype_name(self.computation.dtype)}"
+
     @contextmanager
     def trained(self, result: Path) -> Iterator[PreTrainedModel]:
         """The base with the adapter in `result` on it, or the whole model there, if it was trained in full.
 
         Afterwards the base is as it was.
         """
-        if not (result / "adapter_config.json").is_file():
+        if not is_adapter(result):
             yield self._whole(result)
             return
         model = _attach(self.base, result)
@@ -80,11 +87,44 @@ class Loaded:
             model.unload()
 
     def _whole(self, folder: Path) -> PreTrainedModel:
-        named = {"name_or_path": str(folder), "revision": None}
+        named = {"name_or_path": str(folder), "revision": None, "quantization": None}
         config = self.config.model_copy(update={"model": self.config.model.model_copy(update=named)})
         model = load_model(config, read_architecture(config.model), self.computation, self.device)
         self.computation.prepare(model)
         return model
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def trained_folder(path: str) -> Path:
+    """What is judged beside the target: a run's result, an adapter, or a whole model such as a merged one.
+
+    Raises:
+        ModelError: nothing there can be used.
+    """
+    folder = Path(path).expanduser()
+    inner = RunFolder(folder).adapter_dir
+    whole = inner if inner.is_dir() else folder
+    if is_adapter(whole) or not (whole / "config.json").is_file():
+        return adapter_folder(path)
+    check_weight_files(whole)
+    return whole
+
+
+def refuse_whole_model(path: Path) -> None:
+    """A merged model doesn't say what it was merged from.
+
+    Raises:
+        UserError: `path` is a whole model.
+    """
+    if (path / "config.json").is_file() and not is_adapter(path) and not RunFolder(path).config_file.is_file():
+        raise UserError(
+            f"{path.absolute()} is a whole model, which has no base to be compared with",
+            remedy=f"Judge it beside the run that it was made of: lora eval RUN --adapter {path}",
+        )
 
 
 def read_target(target: Target) -> Reader:

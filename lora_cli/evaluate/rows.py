@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from lora_cli.config import Config, DataConfig, Source
+from lora_cli.config.document import read_document
 from lora_cli.data.examples import Examples, PickedPlaces
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import shuffled
@@ -42,6 +44,8 @@ class EvaluationRows:
     name: str
     """A source, `validation` or `train`."""
     examples: Examples
+    sources: tuple[Source, ...]
+    """Where they come from."""
     supervised_bytes: NDArray[np.float64]
     """[N], UTF-8 bytes of each row's supervised text, stop tokens left out"""
     warnings: tuple[str, ...]
@@ -73,25 +77,50 @@ def load_rows(target: Target, reader: Reader, data: str | None, *, limit: int | 
         raise UserError(f"{target.name} is an adapter without its run", remedy="Name rows with --data.")
     warnings: tuple[str, ...] = ()
     if data is not None:
-        name = data
+        sources = named_sources(data)
+        name = ", ".join(source.path for source in sources)
         own = _limited_to_positions(config.data, reader) if target.bare else config.data
-        examples, _ = load(own.model_copy(update={"train": (Source(path=data),), "validation": None}))
+        examples, _ = load(own.model_copy(update={"train": sources, "validation": None}))
         if not target.bare:
             warnings = _overlap(examples, config, load)
     else:
         train, validation = load(config.data)
         name, examples = ("train", train) if validation is None else ("validation", validation)
+        named = config.data.validation
+        sources = named if isinstance(named, tuple) else config.data.train
         warnings = (_TRAINED_ON,) if validation is None else ()
     if limit is not None and limit < len(examples):
         examples = _pick(examples, np.sort(shuffled(len(examples), seed)[:limit]))
     warnings = (*warnings, *_left_out(examples), *examples.account.warnings)
-    return EvaluationRows(name, examples, supervised_bytes(examples, reader.tokenizer), warnings)
+    return EvaluationRows(name, examples, sources, supervised_bytes(examples, reader.tokenizer), warnings)
+
+
+def named_sources(data: str) -> tuple[Source, ...]:
+    """What `--data` names: a path or a hub id, or as in a config `{path: ..., split: ...}` or a list of these.
+
+    Raises:
+        UserError: it is no source.
+    """
+    if not data.lstrip().startswith(("{", "[")) or Path(data).exists():
+        return (Source(path=data),)
+    read = read_document(data, None)
+    try:
+        if not read.problems:
+            return DataConfig.model_validate({"train": read.value}).train
+        wrong = read.problems[0].message
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"{'.'.join(str(step) for step in first['loc'][1:])}: {first['msg']}"
+    raise UserError(
+        f"--data {data}: {wrong}", remedy="Such as data/test.jsonl, or '{path: org/name, split: test}', or a list."
+    )
 
 
 def rows_name(name: str) -> str:
     """`test` for `data/test.jsonl`: what the folder of an evaluation is called."""
-    stem = Path(name).name.split(".")[0] or "rows"
-    return "".join(character if character.isalnum() or character in "-_" else "-" for character in stem)
+    stems = [Path(one).name.split(".")[0] or "rows" for one in name.split(", ")]
+    stem = "+".join(stems) if len(stems) <= 3 else f"{stems[0]}+{len(stems) - 1}"
+    return "".join(character if character.isalnum() or character in "-_+" else "-" for character in stem)
 
 
 def supervised_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float64]:

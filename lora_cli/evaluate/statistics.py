@@ -1,12 +1,15 @@
-"""Figures over rows, and how sure they are: paired bootstrap intervals and the sign test.
+"""Figures over rows, and how sure they are: paired bootstrap intervals, score intervals, the sign test.
 
 A figure is a ratio of sums over rows (nats per token, right tokens per token), so a draw of rows with
-replacement gives another figure. Base and adapter are always drawn together. Knows nothing about models.
+replacement gives another figure. Base and adapter are always drawn together. What is yes or no in each row has
+a score interval instead: where nearly all rows say the same, draws of them hardly differ, and a bootstrap would be
+sure of what it hasn't seen (scripts/coverage.py measures both). Knows nothing about models.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -31,13 +34,22 @@ class Ratio:
     per: Floats
 
     @property
+    def yes_or_no(self) -> bool:
+        """Whether each row that counts is 0 or 1 for either model."""
+        return all(bool(np.isin(column, (0.0, 1.0)).all()) for column in (self.base, self.adapter, self.per))
+
+    @property
     def effective_rows(self) -> float:
         """How many rows of equal weight would be as sure: a few long rows count for more than the others."""
         return float(self.per.sum() ** 2 / np.square(self.per).sum())
 
 
-def compare(ratios: list[Ratio], *, seed: int) -> tuple[Measure, ...]:
-    """Every figure of base and adapter, with the interval of its difference. All are over the same rows."""
+def compare(ratios: Sequence[Ratio], *, seed: int, same: bool = False) -> tuple[Measure, ...]:
+    """Every figure of base and adapter, with the interval of its difference. All are over the same rows.
+
+    Args:
+        same: the adapter is known to change nothing, so that a difference of 0 is a fact and not a guess.
+    """
     columns = [column for ratio in ratios for column in (ratio.base, ratio.adapter, ratio.per)]
     values_NK = np.stack(columns, axis=1).astype(np.float64)
     draws_BK = resampled_sums(values_NK, 4000 if len(values_NK) < 10_000 else 1000, seed)
@@ -47,7 +59,11 @@ def compare(ratios: list[Ratio], *, seed: int) -> tuple[Measure, ...]:
         base_B, adapter_B, per_B = draws_BK[:, 3 * number : 3 * number + 3].T
         with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no row that counts
             difference_B = (adapter_B - base_B) / per_B
-        low, high = interval(difference_B, ratio.effective_rows)
+        if ratio.yes_or_no and not same:
+            counted = ratio.per > 0
+            low, high = paired_share_interval(ratio.base[counted] > 0, ratio.adapter[counted] > 0)
+        else:
+            low, high = interval(difference_B, ratio.effective_rows)
         difference = float((adapter - base) / per)
         measures.append(Measure(ratio.name, float(base / per), float(adapter / per), difference, low, high))
     return tuple(measures)
@@ -87,6 +103,44 @@ def interval(draws_B: Floats, rows: float, confidence: float = CONFIDENCE) -> tu
     tail = NormalDist().cdf(-deviations)
     low, high = np.quantile(finite, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def paired_share_interval(
+    base_N: NDArray[np.bool_], adapter_N: NDArray[np.bool_], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The interval of the difference of two shares of the same rows, adapter - base.
+
+    Wilson's interval of either share, put together with their correlation (Newcombe 1998, "Improved confidence
+    intervals for the difference between binomial proportions based on paired data", method 10).
+    """
+    rows = len(base_N)
+    if rows == 0:
+        return math.nan, math.nan
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    both, neither = int((base_N & adapter_N).sum()), int((~base_N & ~adapter_N).sum())
+    right = (int(base_N.sum()), int(adapter_N.sum()))
+    (base, base_low, base_high), (adapter, adapter_low, adapter_high) = (_wilson(x, rows, z) for x in right)
+    product = right[0] * (rows - right[0]) * right[1] * (rows - right[1])
+    surplus: float = both * neither - (right[0] - both) * (right[1] - both)
+    if surplus > 0:  # a continuity correction, in favour of less correlation
+        surplus = max(surplus - rows / 2, 0)
+    phi = surplus / math.sqrt(product) if product else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+
+    difference = adapter - base
+    low = difference - reach(adapter - adapter_low, base_high - base)
+    high = difference + reach(adapter_high - adapter, base - base_low)
+    return max(-1.0, low), min(1.0, high)
+
+
+def _wilson(right: int, rows: int, z: float) -> tuple[float, float, float]:
+    """A share with Wilson's score interval."""
+    share = right / rows
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows)) / (1 + z * z / rows)
+    return share, middle - half, middle + half
 
 
 def student_quantile(probability: float, freedom: float) -> float:

@@ -26,8 +26,17 @@ class Measure:
     adapter: float
     difference: float
     low: float
-    """The 95 % interval of the difference, by a bootstrap over rows."""
+    """The 95 % interval of the difference: by a bootstrap over rows, or Newcombe's for what is yes or no in a row."""
     high: float
+
+    def as_json(self) -> dict[str, float]:
+        return {
+            "base": self.base,
+            "adapter": self.adapter,
+            "difference": self.difference,
+            "low": self.low,
+            "high": self.high,
+        }
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,22 @@ class RowChange:
     @property
     def difference(self) -> float:
         return self.adapter - self.base
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows that have one value in a column."""
+
+    name: str
+    rows: int
+    loss: Measure
+    better: int
+    worse: int
+    outcome: Outcome
+
+    def as_json(self) -> dict[str, Any]:
+        counts = {"rows": self.rows, "rows_better": self.better, "rows_worse": self.worse}
+        return {"group": self.name, **counts, "outcome": self.outcome, "loss": self.loss.as_json()}
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,10 @@ class Comparison:
     """The rows whose loss fell most."""
     lost: tuple[RowChange, ...]
     """The rows whose loss rose most."""
+    groups: tuple[Group, ...] = ()
+    """The same by the values of a column, where one was named."""
+    versus: Measure | None = None
+    """Its loss against that of the target's adapter, which stands as `base` here; None for that one itself."""
 
     @property
     def loss(self) -> Measure:
@@ -96,6 +125,8 @@ class Comparison:
             "verdict": self.verdict,
             "gained": [{**asdict(row), "difference": row.difference} for row in self.gained],
             "lost": [{**asdict(row), "difference": row.difference} for row in self.lost],
+            "groups": [group.as_json() for group in self.groups],
+            "versus_first": None if self.versus is None else self.versus.as_json(),
         }
 
 
@@ -133,6 +164,10 @@ class Evaluation:
     demand: Demand
     folder: Path | None
     """Where figures and rows were written."""
+    choices: tuple[str, ...] = ()
+    """What could be chosen from, where that was asked."""
+    base_kept: bool = False
+    """Whether the base's part is that of an earlier evaluation."""
 
     @property
     def meets_demand(self) -> bool:
@@ -147,6 +182,8 @@ class Evaluation:
                 "rows": self.rows,
                 "num_supervised_tokens": self.num_supervised_tokens,
                 "answers": self.answers,
+                "choices": list(self.choices),
+                "base_kept": self.base_kept,
                 **self.comparison.figures(),
                 "others": [{"adapter_folder": one.adapter, **one.figures()} for one in self.others],
                 "warnings": list(self.warnings),
