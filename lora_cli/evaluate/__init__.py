@@ -13,12 +13,14 @@
     changes     the rows that changed most, token by token
     table       rows.parquet; records: what is left in the run folder
     paired      all of it: `evaluate`
+    harness     standard benchmarks instead of rows: `evaluate_tasks`
     prompting   `generate`
 
 Knows nothing about training or screens.
 """
 
+from lora_cli.evaluate.harness import evaluate_tasks
 from lora_cli.evaluate.paired import evaluate
 from lora_cli.evaluate.prompting import generate, read_prompts
 
-__all__ = ["evaluate", "generate", "read_prompts"]
+__all__ = ["evaluate", "evaluate_tasks", "generate", "read_prompts"]
