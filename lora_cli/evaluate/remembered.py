@@ -42,7 +42,7 @@ def recall(bench: Bench, loaded: Loaded) -> Observed | None:
     if not loaded.config.data.cache:
         return None
     try:
-        with np.load(_place(bench, loaded)) as entry:
+        with np.load(io.BytesIO(_place(bench, loaded).read_bytes())) as entry:
             answers = json.loads(entry["answers"].tobytes())
             losses = entry["choice_losses"] if "choice_losses" in entry.files else None
             return Observed(

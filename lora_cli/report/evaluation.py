@@ -77,11 +77,12 @@ def _comparison(comparison: Comparison, count: int, width: int) -> list[str]:
         "",
         *labelled("rows", _rows(comparison, count), width),
         *labelled("verdict", comparison.verdict, width),
-        *(labelled("", _versus(comparison.versus), width) if comparison.versus is not None else ()),
+        *(labelled("", versus(comparison.versus), width) if comparison.versus is not None else ()),
     ]
 
 
-def _versus(loss: Measure) -> str:
+def versus(loss: Measure) -> str:
+    """One adapter against another, in words."""
     text = f"against the first adapter: loss {loss.difference:+.4f}"
     return f"{text}, 95 % interval {loss.low:+.4f} to {loss.high:+.4f}"
 

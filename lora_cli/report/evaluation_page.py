@@ -16,7 +16,7 @@ from typing import Any
 from lora_cli.report import assets, evaluation_assets, numbers
 from lora_cli.report.comparison import FEWEST_ROWS, Comparison, Evaluation, Measure
 from lora_cli.report.curves import Point
-from lora_cli.report.evaluation import measure_cells, measure_name
+from lora_cli.report.evaluation import measure_cells, measure_name, versus
 from lora_cli.report.evaluation_charts import forest, spread
 from lora_cli.report.svg import Chart, Curve, Level, draw
 
@@ -125,9 +125,10 @@ def _course(measure: Measure) -> str:
 
 def _figures(comparison: Comparison) -> str:
     rows = [(measure, measure_cells(measure, comparison.loss)) for measure in comparison.measures]
+    beside = f" {versus(comparison.versus).capitalize()}." if comparison.versus is not None else ""
     return figures_table(
         "Base and adapter",
-        f"{comparison.adapter}, base in {comparison.precision}. Pale: the interval holds 0.",
+        f"{comparison.adapter}, base in {comparison.precision}.{beside} Pale: the interval holds 0.",
         [(cells, _open(measure)) for measure, cells in rows],
     )
 
