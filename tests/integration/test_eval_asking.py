@@ -59,17 +59,23 @@ def measures(result):
     return {measure.name: measure for measure in result.comparison.measures}
 
 
-def plain_choice_losses(model, tokenizer, prompt, choices):
-    """Of each choice after the prompt, its end included."""
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+def plain_choice_losses(model, tokenizer, row, choices):
+    """Of each choice in the answer's place, as the chat template writes it, the end of the turn included."""
+
+    def laid_out(**more):
+        messages = [{"role": "user", "content": row["prompt"]}, *more.pop("answer", ())]
+        return tokenizer.apply_chat_template(messages, return_dict=False, **more)
+
+    before = laid_out(add_generation_prompt=True)
     losses = []
     for choice in choices:
-        answer = [*tokenizer(f" {choice}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        ids = torch.tensor([[*before, *answer]])
+        ids = laid_out(answer=[{"role": "assistant", "content": f" {choice}"}])
+        assert ids[: len(before)] == before
+        ids = ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]  # without the white space after the turn
         with torch.no_grad():
-            logits = model(input_ids=ids).logits[0].log_softmax(-1)
-        places = torch.arange(len(before) - 1, len(before) + len(answer) - 1)
-        losses.append(-float(logits[places, torch.tensor(answer)].sum()))
+            logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        places = torch.arange(len(before), len(ids))
+        losses.append(-float(logits[places - 1, torch.tensor(ids)[places]].sum()))
     return losses
 
 
@@ -82,14 +88,14 @@ def test_choices_are_weighed_as_plain_transformers_would(run, tiny, labelled):
     rows = [json.loads(line) for line in labelled.read_text().splitlines()][:-1]
     right, likely = [], []
     for row, chosen in zip(rows, table(run)["base_choice"], strict=False):
-        losses = torch.tensor(plain_choice_losses(base, tokenizer, row["prompt"], ANSWERS))
+        losses = torch.tensor(plain_choice_losses(base, tokenizer, row, ANSWERS))
         assert chosen == ANSWERS[int(losses.argmin())]
         right.append(chosen == row["completion"].strip())
         likely.append(float((-losses).softmax(0)[ANSWERS.index(row["completion"].strip())]))
     assert table(run)["base_choice"][-1] is None
     found = measures(result)
     assert found["choice_accuracy"].base == pytest.approx(sum(right) / 23)
-    assert found["choice_probability"].base == pytest.approx(sum(likely) / 23, rel=1e-4)
+    assert found["choice_probability"].base == pytest.approx(sum(likely) / 23, rel=1e-5)
     assert found["choice_probability"].adapter != found["choice_probability"].base
     assert "exact_match" not in found  # nothing was generated
 
@@ -195,8 +201,8 @@ def test_a_merged_model_is_judged_beside_its_adapter(run, merged, tiny, tmp_path
     assert abs(whole.versus.difference) < 1e-4 < abs(other.versus.difference)
     assert other.versus.difference == pytest.approx(other.loss.adapter - result.comparison.loss.adapter)
     found = table(run, "validation")
-    assert found["adapter_2_loss"] == pytest.approx(found["adapter_loss"], rel=1e-4)
-    assert found["adapter_3_loss"] != pytest.approx(found["adapter_loss"], rel=1e-2)
+    assert found["adapter_2_loss"] == pytest.approx(found["adapter_loss"], rel=1e-5)
+    assert found["adapter_3_loss"] != pytest.approx(found["adapter_loss"], rel=1e-4)
 
 
 def test_a_merged_model_has_no_base_of_its_own(run, merged, lora):
