@@ -25,7 +25,7 @@ def evaluate(
     ] = None,
     base: Annotated[Base, typer.Option(help="The base quantized as in training, or its original weights.")] = "trained",
     limit: Annotated[
-        int | None, typer.Option("-n", min=1, metavar="N", help="At most so many rows, drawn by the seed.")
+        int | None, typer.Option("--limit", "-n", min=1, metavar="N", help="At most so many rows, drawn by the seed.")
     ] = None,
     max_new_tokens: Annotated[
         int | None,

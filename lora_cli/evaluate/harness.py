@@ -20,8 +20,16 @@ import torch
 
 from lora_cli.engine.generation import generating
 from lora_cli.errors import UserError
-from lora_cli.evaluate.models import Loaded, Reader, load_target, read_target, refuse_whole_model, trained_folder
-from lora_cli.evaluate.records import refuse_occupied, write_records
+from lora_cli.evaluate.models import (
+    Loaded,
+    Reader,
+    check_results,
+    load_target,
+    read_target,
+    refuse_whole_model,
+    trained_folder,
+)
+from lora_cli.evaluate.records import refuse_occupied, refuse_unwritable, write_records
 from lora_cli.evaluate.rows import rows_name
 from lora_cli.evaluate.statistics import Ratio, compare
 from lora_cli.evaluate.target import find_target
@@ -111,11 +119,13 @@ def evaluate_tasks(
     refuse_whole_model(Path(target).expanduser())
     found = find_target(target, overrides)
     results = [found.result, *map(trained_folder, adapters)]
+    check_results(results)
     folder = Path(output).expanduser().absolute() if output is not None else None
     if folder is None and found.run is not None:
         folder = found.run.eval_dir(rows_name(", ".join(tasks)))
     elif folder is not None:
         refuse_occupied(folder)
+        refuse_unwritable(folder)
     reader = read_target(found)
     if chat and not reader.tokenizer.chat_template:
         raise UserError("--apply-chat-template: the tokenizer has no chat template", remedy="Leave it out.")

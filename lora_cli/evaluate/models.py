@@ -5,8 +5,7 @@ Knows how a target becomes a model on a device; knows nothing about rows or figu
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
 from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.selftest import prove_run
 from lora_cli.errors import ModelError, UserError
+from lora_cli.evaluate.adapters import attach, read_names
 from lora_cli.evaluate.target import Target, adapter_folder
-from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
@@ -31,7 +30,6 @@ from lora_cli.report.events import Emit, Warned, Working
 from lora_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -78,7 +76,7 @@ class Loaded:
         if not is_adapter(result):
             yield self._whole(result)
             return
-        model = _attach(self.base, result)
+        model = attach(self.base, result)
         if self.computation.dtype != torch.float32:
             leave_casting_to_autocast(model)
         try:
@@ -112,6 +110,17 @@ def trained_folder(path: str) -> Path:
         return adapter_folder(path)
     check_weight_files(whole)
     return whole
+
+
+def check_results(results: Sequence[Path]) -> None:
+    """Look at every adapter's tensors, before weights of a base are read.
+
+    Raises:
+        ModelError: one is damaged, or not finite.
+    """
+    for folder in results:
+        if is_adapter(folder):
+            read_names(folder)
 
 
 def refuse_whole_model(path: Path) -> None:
@@ -180,36 +189,3 @@ def _check_same_base(target: Target) -> None:
             f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",
             remedy="Put the same revision back in its place.",
         )
-
-
-def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter in `folder` on `base`.
-
-    Raises:
-        ModelError: it belongs to another base: PEFT would leave what doesn't match at random, or out.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    check_adapter_folder(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(base, str(folder))
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise ModelError(
-            f"{folder.absolute()} doesn't fit its base: {str(error).strip().splitlines()[0]}",
-            remedy="The adapter was trained on another model; adapter_config.json names its base.",
-        ) from error
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    strange = sorted(expected ^ saved, key=lambda name: ("lora_" not in name, name))
-    if strange and "lora_" in strange[0]:
-        where = "the file lacks" if strange[0] in expected else "the base has no place for"
-        model.unload()
-        raise ModelError(
-            f"{folder.absolute()} doesn't fit its base: {where} {strange[0]}",
-            remedy="The adapter was trained on another model; adapter_config.json names its base.",
-        )
-    return model

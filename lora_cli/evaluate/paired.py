@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lora_cli.errors import RunFolderError, UserError
+import numpy as np
+
+from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.evaluate.bench import Bench, Observed, Request, prepare
 from lora_cli.evaluate.changes import changed_rows, readings, token_losses
 from lora_cli.evaluate.figures import Pair, compare_pair
-from lora_cli.evaluate.models import Loaded, load_target, refuse_whole_model, trained_folder
-from lora_cli.evaluate.records import refuse_occupied, write_records
+from lora_cli.evaluate.models import Loaded, check_results, load_target, refuse_whole_model, trained_folder
+from lora_cli.evaluate.records import refuse_occupied, refuse_unwritable, write_records
 from lora_cli.evaluate.remembered import recall, remember
 from lora_cli.evaluate.rows import rows_name
 from lora_cli.evaluate.table import columns
@@ -75,9 +78,13 @@ def evaluate(
     refuse_whole_model(Path(target).expanduser())
     found = find_target(target, overrides)
     results = [found.result, *map(trained_folder, adapters)]
+    check_results(results)
     precisions = _precisions(base, found.config.model.quantization is not None)
+    if min_improvement is not None and not math.isfinite(min_improvement):
+        raise UserError(f"--min-improvement {min_improvement}: it must be a number of nats, such as 0.05")
     if output is not None:
         refuse_occupied(Path(output).expanduser())
+        refuse_unwritable(Path(output).expanduser())
     request = Request(data, limit, generate, max_new_tokens, group_by, pattern, choices)
     bench = prepare(found, request, emit)
     judged = [_judge_at(bench, results, as_trained) for as_trained in precisions]
@@ -115,6 +122,13 @@ def _judge_at(bench: Bench, results: Sequence[Path], as_trained: bool) -> Judged
 
 def _observe_base(bench: Bench, loaded: Loaded) -> Observed:
     observed = bench.observe(loaded.base, loaded, "the base")
+    finite = np.isfinite(observed.scores.loss)
+    if not finite.all():
+        raise ModelError(
+            f"{loaded.config.model.name_or_path}: the base's loss is not finite at "
+            f"{bench.rows.examples.places[int(finite.argmin())]}",
+            remedy=f"Its weights hold NaN, or {loaded.precision} overflows: see what --set model.dtype=float32 gives.",
+        )
     remember(bench, loaded, observed)
     return observed
 

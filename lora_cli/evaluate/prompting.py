@@ -15,7 +15,7 @@ from lora_cli.data.plain import PlainLayout
 from lora_cli.engine.generation import Generated, Sampling
 from lora_cli.errors import DataError, UserError
 from lora_cli.evaluate.answers import answer_all
-from lora_cli.evaluate.models import Reader, load_target, read_target
+from lora_cli.evaluate.models import Reader, check_results, load_target, read_target
 from lora_cli.evaluate.target import Target, adapter_folder, find_target
 from lora_cli.report.comparison import Generations, Output
 from lora_cli.report.events import Emit, Working, ignore
@@ -43,6 +43,7 @@ def generate(
         raise UserError("no prompt", remedy="Give --prompt TEXT or --prompts-file PATH.")
     found = find_target(target, overrides)
     folders = [found.result, *map(adapter_folder, adapters)]
+    check_results(folders)
     reader = read_target(found)
     set_chat_template(found.config.data, reader.tokenizer)
     tokens = [prompt_tokens(prompt, found, reader, raw=raw) for prompt in prompts]

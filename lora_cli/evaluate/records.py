@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,25 @@ def refuse_occupied(folder: Path) -> None:
             f"{folder.absolute()} holds something else than an evaluation",
             remedy="Give a new folder with --output; an earlier evaluation would be replaced.",
         )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse a folder that can't be made, before any work is done. Leaves nothing behind.
+
+    Raises:
+        RunFolderError: the nearest folder that there is takes no new one.
+    """
+    nearest = folder.absolute().parent
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".writing-", dir=nearest))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{folder.absolute()} can't be written: {error.strerror or error}")
 
 
 def write_records(folder: Path, summary: Mapping[str, Any], rows: Rows, page: str) -> None:
@@ -55,7 +75,7 @@ def write_records(folder: Path, summary: Mapping[str, Any], rows: Rows, page: st
         os.rename(temporary, folder)
         sync(folder.parent)
     except OSError as error:
-        raise RunFolderError(f"{folder.absolute()} can't be written: {error.strerror}") from error
+        raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

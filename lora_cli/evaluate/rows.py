@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,18 +80,26 @@ def load_rows(target: Target, reader: Reader, data: str | None, *, limit: int | 
         sources = named_sources(data)
         name = ", ".join(source.path for source in sources)
         own = _limited_to_positions(config.data, reader) if target.bare else config.data
-        examples, _ = load(own.model_copy(update={"train": sources, "validation": None}))
-        if not target.bare:
-            warnings = _overlap(examples, config, load)
+        try:
+            examples, _ = load(own.model_copy(update={"train": sources, "validation": None}))
+        except DataError as error:  # the rows stand where a config has those to train on
+            message = error.message.replace("data.train:", f"--data {data}:", 1)
+            raise DataError(message, remedy=error.remedy) from error
     else:
         train, validation = load(config.data)
         name, examples = ("train", train) if validation is None else ("validation", validation)
         named = config.data.validation
         sources = named if isinstance(named, tuple) else config.data.train
-        warnings = (_TRAINED_ON,) if validation is None else ()
+    left_out = _left_out(examples)
     if limit is not None and limit < len(examples):
         examples = _pick(examples, np.sort(shuffled(len(examples), seed)[:limit]))
-    warnings = (*warnings, *_left_out(examples), *examples.account.warnings)
+    if name == "train" and data is None:
+        warnings = (_TRAINED_ON,)
+    elif data is None:
+        warnings = _among(examples, train)
+    elif not target.bare:
+        warnings = _overlap(examples, config, load)
+    warnings = (*warnings, *left_out, *examples.account.warnings)
     return EvaluationRows(name, examples, sources, supervised_bytes(examples, reader.tokenizer), warnings)
 
 
@@ -101,19 +109,32 @@ def named_sources(data: str) -> tuple[Source, ...]:
     Raises:
         UserError: it is no source.
     """
-    if not data.lstrip().startswith(("{", "[")) or Path(data).exists():
-        return (Source(path=data),)
-    read = read_document(data, None)
+    value: Any = data
+    if data.lstrip().startswith(("{", "[")) and not Path(data).exists():
+        read = read_document(data, None)
+        value = read.value
+        if read.problems:
+            raise _no_source(data, read.problems[0].message)
     try:
-        if not read.problems:
-            return DataConfig.model_validate({"train": read.value}).train
-        wrong = read.problems[0].message
+        return DataConfig.model_validate({"train": value}).train
     except ValidationError as error:
-        first = error.errors()[0]
-        wrong = f"{'.'.join(str(step) for step in first['loc'][1:])}: {first['msg']}"
-    raise UserError(
-        f"--data {data}: {wrong}", remedy="Such as data/test.jsonl, or '{path: org/name, split: test}', or a list."
-    )
+        raise _no_source(data, _wrong(error)) from error
+
+
+def _no_source(data: str, wrong: str) -> UserError:
+    remedy = "Such as --data test.jsonl, or --data '{path: org/name, split: test}', or a list of these."
+    return UserError(f"--data {data or repr(data)}: {wrong}", remedy=remedy)
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first mistake, in our words where pydantic's speak of Python."""
+    first = error.errors()[0]
+    key = ".".join(str(step) for step in first["loc"][1:] if isinstance(step, str))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; the keys are {', '.join(Source.model_fields)}"
+    if first["type"] in ("too_short", "string_too_short"):
+        return f"{key or 'it'} is empty"
+    return f"{key}: {first['msg']}" if key else str(first["msg"])
 
 
 def rows_name(name: str) -> str:
@@ -146,6 +167,11 @@ def _overlap(examples: Examples, config: Config, load: Load) -> tuple[str, ...]:
         train, _ = load(config.data)
     except DataError as error:
         return (f"can't tell whether these rows were trained on: {error.message}",)
+    return _among(examples, train)
+
+
+def _among(examples: Examples, train: Examples) -> tuple[str, ...]:
+    """A warning where rows have the same tokens as training rows, wherever they come from."""
     trained_on = set(_hashes(train))
     seen = [index for index, found in enumerate(_hashes(examples)) if found in trained_on]
     if not seen:
