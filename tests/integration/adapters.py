@@ -23,9 +23,9 @@ def make_adapter(folder, base_folder, *, scale, seed=0, **settings):
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
 
 
-def make_harmful_adapter(folder, base_folder):
-    """It trains the last norm as well, and makes the model very sure of its random choices."""
+def make_harmful_adapter(folder, base_folder, *, factor=50):
+    """It trains the last norm as well: the model becomes very sure of its random choices, or of their opposite."""
     make_adapter(folder, base_folder, scale=0, modules_to_save=["ln_f"])
     tensors = load_file(folder / "adapter_model.safetensors")
-    loud = {name: tensor * 50 if "ln_f" in name else tensor for name, tensor in tensors.items()}
+    loud = {name: tensor * factor if "ln_f" in name else tensor for name, tensor in tensors.items()}
     save_file(loud, folder / "adapter_model.safetensors")
