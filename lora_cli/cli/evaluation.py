@@ -115,7 +115,8 @@ def _on_rows(target: str, as_json: bool, **asked: Any) -> None:
         print_json(result.as_json())
     else:
         show(render_evaluation(result))
-    answer(result.meets_demand, f"the adapter is not as good as was asked: {result.comparison.verdict}")
+    unmet = result.demand.unmet_by(result.comparison)
+    answer(unmet is None, unmet or "")
 
 
 def _on_tasks(target: str, tasks: list[str], as_json: bool, **asked: Any) -> None:
@@ -129,4 +130,4 @@ def _on_tasks(target: str, tasks: list[str], as_json: bool, **asked: Any) -> Non
         print_json(result.as_json())
     else:
         show(render_tasks(result))
-    answer(result.meets_demand, f"the adapter is not as good as was asked: {result.comparison.verdict}")
+    answer(result.meets_demand, f"the adapter is worse on some task: {result.comparison.verdict}")

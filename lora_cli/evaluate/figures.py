@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.evaluate.answers import Question
 from lora_cli.evaluate.bench import Bench, Observed
 from lora_cli.evaluate.matching import Marks, mark
 from lora_cli.evaluate.statistics import Ratio, compare, perplexity, sign_test
@@ -42,7 +43,9 @@ class Pair:
 def compare_pair(bench: Bench, pair: Pair, first: Pair) -> Comparison:
     """Every figure of the pair, the verdict, and how it does against the first adapter on the same base."""
     examples = bench.rows.examples
-    measures = _measures(bench, pair)
+    ratios = _ratios(bench, pair)
+    seed = bench.target.config.train.seed
+    measures = _measures(ratios, np.ones(len(examples), dtype=bool), seed=seed, same=pair.same)
     base, adapter = pair.base.scores.loss, pair.adapter.scores.loss
     better, worse = int((adapter < base).sum()), int((adapter > base).sum())
     outcome = decide(measures[0], len(examples), better, worse)
@@ -62,7 +65,7 @@ def compare_pair(bench: Bench, pair: Pair, first: Pair) -> Comparison:
         verdict=in_words(outcome, measures[0], len(examples), better, worse),
         gained=tuple(change for change in ordered[:ROWS_NAMED] if change.difference < 0),
         lost=tuple(change for change in ordered[::-1][:ROWS_NAMED] if change.difference > 0),
-        groups=_groups(bench, pair),
+        groups=_groups(bench, pair, ratios),
         versus=None if pair is first or pair.base is not first.base else _versus(bench, first, pair),
     )
 
@@ -74,18 +77,41 @@ def _versus(bench: Bench, first: Pair, pair: Pair) -> Measure:
     return loss
 
 
-def _measures(bench: Bench, pair: Pair) -> tuple[Measure, ...]:
-    seed = bench.target.config.train.seed
-    loss, *rest = compare(_scored(bench, pair), seed=seed, same=pair.same)
-    measures = [loss, perplexity(loss), *rest]
+@dataclass(frozen=True)
+class Ratios:
+    """Ratios over some of the rows: all of them, those that were asked, those that could choose."""
+
+    ratios: list[Ratio]
+    rows: NDArray[np.int64]
+
+    def within(self, members: NDArray[np.bool_]) -> list[Ratio]:
+        """Over those of the rows that belong to a group; none where no row has a say."""
+        chosen = members[self.rows]
+        found = [Ratio(one.name, one.base[chosen], one.adapter[chosen], one.per[chosen]) for one in self.ratios]
+        return [ratio for ratio in found if ratio.per.any()]
+
+
+def _ratios(bench: Bench, pair: Pair) -> list[Ratios]:
+    """Everything that was measured, loss first."""
+    found = [Ratios(_scored(bench, pair), np.arange(len(bench.rows.examples)))]
     if bench.ballot is not None:
         assert pair.base.choice_losses is not None and pair.adapter.choice_losses is not None
         marks = (bench.ballot.marks(losses) for losses in (pair.base.choice_losses, pair.adapter.choice_losses))
-        measures += compare(_paired(*marks), seed=seed, same=pair.same)
+        found.append(Ratios(_paired(*marks), _rows_of(bench.ballot.questions)))
     if bench.asked:
         marks = (_answered(bench, observed) for observed in (pair.base, pair.adapter))
-        measures += compare(_paired(*marks), seed=seed, same=pair.same)
-    return tuple(measures)
+        found.append(Ratios(_paired(*marks), _rows_of(bench.asked)))
+    return found
+
+
+def _rows_of(questions: Sequence[Question]) -> NDArray[np.int64]:
+    return np.array([question.row for question in questions], dtype=np.int64)
+
+
+def _measures(ratios: Sequence[Ratios], members: NDArray[np.bool_], *, seed: int, same: bool) -> tuple[Measure, ...]:
+    """Every measure of the rows in a group, loss and perplexity first."""
+    found = [measure for one in ratios for measure in compare(one.within(members), seed=seed, same=same)]
+    return (found[0], perplexity(found[0]), *found[1:])
 
 
 def _scored(bench: Bench, pair: Pair) -> list[Ratio]:
@@ -120,19 +146,17 @@ def _paired(base: Sequence[Marks], adapter: Sequence[Marks]) -> list[Ratio]:
     return [Ratio(before.name, before.values, after.values, before.counted) for before, after in marks]
 
 
-def _groups(bench: Bench, pair: Pair) -> tuple[Group, ...]:
-    """The loss in each group of rows, the largest group first."""
+def _groups(bench: Bench, pair: Pair, ratios: Sequence[Ratios]) -> tuple[Group, ...]:
+    """Every measure of each group of rows, the largest group first."""
     if bench.groups is None:
         return ()
     members = np.array(bench.groups, dtype=object)
     base, adapter = pair.base.scores.loss, pair.adapter.scores.loss
-    tokens = bench.rows.examples.supervised.astype(np.float64)
+    seed = bench.target.config.train.seed
     found = []
-    for name, _ in sorted(Counter(bench.groups).items(), key=lambda item: (-item[1], item[0])):
+    for name, rows in sorted(Counter(bench.groups).items(), key=lambda item: (-item[1], item[0])):
         chosen: NDArray[np.bool_] = members == name
-        ratio = Ratio("loss", base[chosen], adapter[chosen], tokens[chosen])
-        [loss] = compare([ratio], seed=bench.target.config.train.seed, same=pair.same)
-        better, worse = int((ratio.adapter < ratio.base).sum()), int((ratio.adapter > ratio.base).sum())
-        rows = int(chosen.sum())
-        found.append(Group(name, rows, loss, better, worse, decide(loss, rows, better, worse)))
+        measures = _measures(ratios, chosen, seed=seed, same=pair.same)
+        better, worse = int((adapter < base)[chosen].sum()), int((adapter > base)[chosen].sum())
+        found.append(Group(name, rows, measures, better, worse, decide(measures[0], rows, better, worse)))
     return tuple(found)

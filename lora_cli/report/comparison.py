@@ -60,14 +60,20 @@ class Group:
 
     name: str
     rows: int
-    loss: Measure
+    measures: tuple[Measure, ...]
+    """Loss first."""
     better: int
     worse: int
     outcome: Outcome
 
+    @property
+    def loss(self) -> Measure:
+        return self.measures[0]
+
     def as_json(self) -> dict[str, Any]:
         counts = {"rows": self.rows, "rows_better": self.better, "rows_worse": self.worse}
-        return {"group": self.name, **counts, "outcome": self.outcome, "loss": self.loss.as_json()}
+        measures = {measure.name: measure.as_json() for measure in self.measures}
+        return {"group": self.name, **counts, "outcome": self.outcome, **measures}
 
 
 @dataclass(frozen=True)
@@ -139,10 +145,19 @@ class Demand:
     fail_if_worse: bool = False
 
     def is_met_by(self, comparison: Comparison) -> bool:
-        wanted = self.min_improvement
+        return self.unmet_by(comparison) is None
+
+    def unmet_by(self, comparison: Comparison) -> str | None:
+        """What is missing, in words."""
+        wanted, loss = self.min_improvement, comparison.loss
         if wanted is not None and not comparison.improvement >= wanted:
-            return False
-        return not (self.fail_if_worse and comparison.outcome == "worse")
+            if not math.isfinite(loss.difference):
+                return f"{wanted:g} nats of improvement were asked; the loss is not finite"
+            course = f"fell by {-loss.difference:.4f}" if loss.difference <= 0 else f"rose by {loss.difference:.4f}"
+            return f"{wanted:g} nats of improvement were asked; the loss {course}"
+        if self.fail_if_worse and comparison.outcome == "worse":
+            return f"the adapter is {comparison.verdict}"
+        return None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def _head(evaluation: Evaluation) -> str:
     answers = f", {numbers.counted(evaluation.answers, 'answer')} each" if evaluation.answers else ""
     data = short_path(evaluation.data) if "/" in evaluation.data else evaluation.data
     base = "" if evaluation.others else f"; base in {evaluation.comparison.precision}"
-    return f"{data}: {rows}, {tokens}{answers}, paired{base}"
+    kept = "; the base's part is kept from before" if evaluation.base_kept else ""
+    return f"{data}: {rows}, {tokens}{answers}, paired{base}{kept}"
 
 
 def _comparison(comparison: Comparison, count: int, width: int) -> list[str]:

@@ -61,8 +61,7 @@ def render_evaluation_page(evaluation: Evaluation, rows: Rows, readings: Sequenc
         evaluation.target,
         [
             _head(evaluation),
-            *(_figures(comparison) for comparison in comparisons),
-            *(_groups(comparison) for comparison in comparisons),
+            *(section for comparison in comparisons for section in (_figures(comparison), _groups(comparison))),
             _spread(rows),
             _changed("Most gained", rows, gained),
             _changed("Most lost", rows, lost),
@@ -136,19 +135,28 @@ def _figures(comparison: Comparison) -> str:
 def figures_table(title: str, caption: str, rows: Sequence[tuple[Sequence[str], bool]]) -> str:
     """Measures as rows of text; those that say nothing for certain in a paler ink."""
     names = ("measure", "base", "adapter", "difference", "95 % interval")
-    header = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join(
-        f"<tr>{''.join(f'<td{_pale(pale, number)}>{escape(text)}</td>' for number, text in enumerate(cells))}</tr>"
-        for cells, pale in rows
-    )
+    body = [([escape(cell) for cell in cells], pale) for cells, pale in rows]
     return (
         f"<section><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>"
-        f'<table class="numbers"><tr>{header}</tr>{body}</table></section>'
+        f"{_numbers(names, body, certain=3)}</section>"
     )
 
 
-def _pale(pale: bool, column: int) -> str:
-    return ' class="plain"' if pale and column >= 3 else ""
+def _numbers(names: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]], *, certain: int) -> str:
+    """A table of cells that are HTML already; on a narrow page each row becomes a card, and cells bear their names.
+
+    Args:
+        rows: the cells, and whether those from column `certain` on are set in a paler ink.
+    """
+    header = "".join(f"<th>{name}</th>" for name in names)
+    body = ""
+    for cells, pale in rows:
+        body += "<tr>"
+        for number, (name, cell) in enumerate(zip(names, cells, strict=True)):
+            ink = ' class="plain"' if pale and number >= certain else ""
+            body += f'<td data-name="{name}"{ink}>{cell}</td>'
+        body += "</tr>"
+    return f'<table class="numbers"><tr>{header}</tr>{body}</table>'
 
 
 def _open(measure: Measure) -> bool:
@@ -163,22 +171,24 @@ def _groups(comparison: Comparison) -> str:
     known = [group.loss for group in shown if group.rows >= FEWEST_ROWS]
     edges = [edge for loss in known for edge in (loss.low, loss.high) if math.isfinite(edge)]
     limits = (min(edges, default=0.0), max(edges, default=0.0))
-    body = ""
+    found = {measure.name for measure in comparison.measures}
+    beside = [name for name in ("exact_match", "choice_accuracy") if name in found][:1]
+    rows = []
     for group in shown:
         loss, few = group.loss, group.rows < FEWEST_ROWS
         between = "too few rows" if few else f"{loss.low:+.4f} .. {loss.high:+.4f}"
         chart = "" if few else forest(loss.difference, loss.low, loss.high, limits, between)
         cells = (f"{group.rows:,}", f"{loss.base:.4f}", f"{loss.adapter:.4f}", f"{loss.difference:+.4f}", between)
-        numbers_ = "".join(f"<td>{text}</td>" for text in cells)
-        body += f"<tr><td>{escape(group.name)}</td>{numbers_}<td>{chart}</td></tr>"
-    names = ("group", "rows", "base", "adapter", "difference", "95 % interval", "")
-    header = "".join(f"<th>{name}</th>" for name in names)
+        courses = {measure.name: _course(measure) for measure in group.measures}
+        more = (courses.get(name, "") for name in beside)
+        rows.append(((escape(group.name), *cells, chart, *more), few or _open(loss)))
+    names = ("group", "rows", "base", "adapter", "difference", "95 % interval", "", *map(measure_name, beside))
     left = len(comparison.groups) - len(shown)
-    more = f"; {left:,} smaller ones are in summary.json" if left else ""
+    others = f"; {left:,} smaller ones are in summary.json" if left else ""
     return (
-        f"<section><h2>Groups</h2><figcaption>Loss in each, the largest first{more}. Of many intervals at 95 %, "
+        f"<section><h2>Groups</h2><figcaption>Loss in each, the largest first{others}. Of many intervals at 95 %, "
         "one in twenty misses.</figcaption>"
-        f'<table class="numbers"><tr>{header}</tr>{body}</table></section>'
+        f"{_numbers(names, rows, certain=4)}</section>"
     )
 
 

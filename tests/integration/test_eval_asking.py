@@ -1,4 +1,4 @@
-"""What `lora eval` can be asked besides the loss: choices, patterns, groups, merged models, other sources, a kept base."""
+"""What `lora eval` can be asked besides the loss: choices, patterns, groups, merged models, sources, a kept base."""
 
 from __future__ import annotations
 
@@ -150,16 +150,20 @@ def test_a_pattern_that_finds_nothing(run, labelled, pattern, says):
 
 
 def test_a_group_is_its_rows_alone(run, labelled, tmp_path):
-    result = evaluate(run, data=str(labelled), group_by="topic")
+    result = evaluate(run, data=str(labelled), group_by="topic", choices=",".join(ANSWERS))
     groups = {group.name: group for group in result.comparison.groups}
     assert {name: group.rows for name, group in groups.items()} == {"rent": 15, "rain": 8, "(none)": 1}
     assert [group.name for group in result.comparison.groups] == ["rent", "rain", "(none)"]
     path = tmp_path / "rain.jsonl"
     lines = labelled.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if json.loads(line)["topic"] == "rain"))
-    alone = evaluate(run, data=str(path)).comparison.loss
-    assert groups["rain"].loss.base == pytest.approx(alone.base, rel=1e-6)
-    assert groups["rain"].loss.adapter == pytest.approx(alone.adapter, rel=1e-6)
+    alone = measures(evaluate(run, data=str(path), choices=",".join(ANSWERS)))
+    found = {measure.name: measure for measure in groups["rain"].measures}
+    assert found.keys() == alone.keys()
+    for name, measure in found.items():
+        assert measure.base == pytest.approx(alone[name].base, rel=1e-5), name
+        assert measure.adapter == pytest.approx(alone[name].adapter, rel=1e-5), name
+    assert "choice_accuracy" not in {measure.name for measure in groups["(none)"].measures}  # none of its rows chose
     assert groups["(none)"].outcome == "can't tell"
     assert set(table(run)["group"]) == set(groups)
     [first, *_] = json.loads((run / "eval" / "labelled" / "summary.json").read_text())["groups"]

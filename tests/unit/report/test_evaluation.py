@@ -165,7 +165,7 @@ def test_the_policy_lets_the_pages_own_style_in_and_nothing_else():
 
 def group(name, rows, difference=-0.5):
     return Group(
-        name, rows, measure("loss", 2.0, 2.0 + difference, difference - 0.1, difference + 0.1), rows, 0, "better"
+        name, rows, (measure("loss", 2.0, 2.0 + difference, difference - 0.1, difference + 0.1),), rows, 0, "better"
     )
 
 
