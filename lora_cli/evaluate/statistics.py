@@ -69,12 +69,44 @@ def _bootstrap(ratios: Sequence[Ratio], seed: int, draws: int | None) -> list[tu
     """The interval of each ratio's difference; all of them see the same draws."""
     if not ratios:
         return []
-    columns = [column for ratio in ratios for column in (ratio.adapter - ratio.base, ratio.per)]
-    values_NK = np.stack(columns, axis=1).astype(np.float64)
+    columns = [column for ratio in ratios for column in _moments(ratio)]
+    values_NK = np.stack(columns, axis=1)
     draws_BK = resampled_sums(values_NK, draws or (DRAWS if len(values_NK) < 10_000 else DRAWS // 4), seed)
+    sums_RKB = draws_BK.T.reshape(len(ratios), -1, len(draws_BK))
+    return [_outer(ratio, *sums_KB) for ratio, sums_KB in zip(ratios, sums_RKB, strict=True)]
+
+
+def _moments(ratio: Ratio) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """[N] each: what a draw's ratio and its standard error are made of, around the ratio of all rows."""
+    change, per = ratio.adapter - ratio.base, ratio.per.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        around = change - change.sum() / per.sum() * per
+    return around, per, around * around, around * per, per * per
+
+
+def _outer(
+    ratio: Ratio, around_B: Floats, per_B: Floats, aa_B: Floats, ap_B: Floats, pp_B: Floats
+) -> tuple[float, float]:
+    """On either side the outer of two bounds: of the expanded percentile interval and of the bootstrap-t.
+
+    The percentile's is too narrow where few rows make up most of the change, bootstrap-t's erratic where there are few
+    rows; together they hold what is claimed for more kinds of rows than either (scripts/coverage.py).
+    """
+    difference = float((ratio.adapter - ratio.base).sum() / ratio.per.sum())
+    rows = len(ratio.per)
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no row that counts
-        differences_BR = draws_BK[:, ::2] / draws_BK[:, 1::2]
-    return [interval(column, ratio.effective_rows) for column, ratio in zip(differences_BR.T, ratios, strict=True)]
+        off_B = around_B / per_B
+        errors_B = np.sqrt(np.maximum(aa_B - 2 * off_B * ap_B + off_B**2 * pp_B, 0.0)) / per_B
+    low, high = interval(off_B, ratio.effective_rows)
+    error = float(np.sqrt(np.square(_moments(ratio)[0]).sum()) / ratio.per.sum())
+    # Draws of a few equal rows have no error of their own.
+    sound_B = np.isfinite(off_B) & (errors_B > 1e-3 * error)
+    if rows > 1 and sound_B.sum() > len(off_B) // 2:
+        tail = (1 - CONFIDENCE) / 2
+        # Dividing by N instead of N - 1 cancels: it does so in the draws' errors and in that of all rows.
+        least, most = np.quantile(off_B[sound_B] / errors_B[sound_B], [tail, 1 - tail])
+        low, high = min(low, -float(most) * error), max(high, -float(least) * error)
+    return difference + low, difference + high
 
 
 def perplexity(loss: Measure) -> Measure:
