@@ -64,6 +64,9 @@ def evaluate(
 
     Scores the same rows with and without the adapter, with an interval for the difference.
     """
+    from lora_cli.evaluate.target import find_target
+
+    find_target(target, set_ or ())  # what isn't there is refused before torch is imported
     shared = {"overrides": set_ or (), "adapters": adapter or (), "limit": limit, "output": output}
     of_rows = {
         "data": data,

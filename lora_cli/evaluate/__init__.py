@@ -16,11 +16,31 @@
     harness     standard benchmarks instead of rows: `evaluate_tasks`
     prompting   `generate`
 
-Knows nothing about training or screens.
+Knows nothing about training or screens. Importing this package imports nothing else, so that `target` can refuse what
+isn't there in a moment: torch alone takes a second.
 """
 
-from lora_cli.evaluate.harness import evaluate_tasks
-from lora_cli.evaluate.paired import evaluate
-from lora_cli.evaluate.prompting import generate, read_prompts
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_cli.evaluate.harness import evaluate_tasks
+    from lora_cli.evaluate.paired import evaluate
+    from lora_cli.evaluate.prompting import generate, read_prompts
 
 __all__ = ["evaluate", "evaluate_tasks", "generate", "read_prompts"]
+
+_HOMES = {
+    "evaluate": "lora_cli.evaluate.paired",
+    "evaluate_tasks": "lora_cli.evaluate.harness",
+    "generate": "lora_cli.evaluate.prompting",
+    "read_prompts": "lora_cli.evaluate.prompting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -26,7 +26,6 @@ from lora_cli.evaluate.models import (
     check_results,
     load_target,
     read_target,
-    refuse_whole_model,
     trained_folder,
 )
 from lora_cli.evaluate.records import refuse_occupied, refuse_unwritable, write_records
@@ -116,7 +115,6 @@ def evaluate_tasks(
     """
     if find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness", remedy="pip install 'lora-cli[harness]'")
-    refuse_whole_model(Path(target).expanduser())
     found = find_target(target, overrides)
     results = [found.result, *map(trained_folder, adapters)]
     check_results(results)

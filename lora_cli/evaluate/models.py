@@ -19,9 +19,9 @@ from lora_cli.engine.computation import Computation
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
 from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.selftest import prove_run
-from lora_cli.errors import ModelError, UserError
+from lora_cli.errors import ModelError
 from lora_cli.evaluate.adapters import attach, read_names
-from lora_cli.evaluate.target import Target, adapter_folder
+from lora_cli.evaluate.target import Target, adapter_folder, is_adapter
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
@@ -92,11 +92,6 @@ class Loaded:
         return model
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, and no whole model."""
-    return (folder / "adapter_config.json").is_file()
-
-
 def trained_folder(path: str) -> Path:
     """What is judged beside the target: a run's result, an adapter, or a whole model such as a merged one.
 
@@ -121,19 +116,6 @@ def check_results(results: Sequence[Path]) -> None:
     for folder in results:
         if is_adapter(folder):
             read_names(folder)
-
-
-def refuse_whole_model(path: Path) -> None:
-    """A merged model doesn't say what it was merged from.
-
-    Raises:
-        UserError: `path` is a whole model.
-    """
-    if (path / "config.json").is_file() and not is_adapter(path) and not RunFolder(path).config_file.is_file():
-        raise UserError(
-            f"{path.absolute()} is a whole model, which has no base to be compared with",
-            remedy=f"Judge it beside the run that it was made of: lora eval RUN --adapter {path}",
-        )
 
 
 def read_target(target: Target) -> Reader:

@@ -14,7 +14,7 @@ from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.evaluate.bench import Bench, Observed, Request, prepare
 from lora_cli.evaluate.changes import changed_rows, readings, token_losses
 from lora_cli.evaluate.figures import Pair, compare_pair
-from lora_cli.evaluate.models import Loaded, check_results, load_target, refuse_whole_model, trained_folder
+from lora_cli.evaluate.models import Loaded, check_results, load_target, trained_folder
 from lora_cli.evaluate.records import refuse_occupied, refuse_unwritable, write_records
 from lora_cli.evaluate.remembered import recall, remember
 from lora_cli.evaluate.rows import rows_name
@@ -75,7 +75,6 @@ def evaluate(
     Raises:
         UserError: anything that the user can mend; nothing has been written then.
     """
-    refuse_whole_model(Path(target).expanduser())
     found = find_target(target, overrides)
     results = [found.result, *map(trained_folder, adapters)]
     check_results(results)

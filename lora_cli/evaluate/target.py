@@ -38,6 +38,11 @@ class Target:
         return self.run is None
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model."""
+    return (folder / _ADAPTER_CONFIG).is_file()
+
+
 def find_target(target: Path | str, overrides: Sequence[str] = ()) -> Target:
     """What `target` names, with `overrides` of its config.
 
@@ -51,13 +56,18 @@ def find_target(target: Path | str, overrides: Sequence[str] = ()) -> Target:
         raise UserError(
             f"nothing at {path.absolute()}", remedy="Give a run folder, an adapter folder or a config file."
         )
-    if (path / _ADAPTER_CONFIG).is_file():
+    if is_adapter(path):
         run = RunFolder(path.absolute().parent)
         if run.config_file.is_file() and run.adapter_dir == path.absolute():
             return _of_run(str(target), run.config_file, overrides, folder=run)
         return _of_bare_adapter(str(target), path, overrides)
     run = RunFolder(path)
     if not run.config_file.is_file():
+        if (path / "config.json").is_file():
+            raise UserError(
+                f"{path.absolute()} is a whole model, which has no base to be compared with",
+                remedy=f"Judge it beside the run that it was made of: lora eval RUN --adapter {path}",
+            )
         raise UserError(
             f"{path.absolute()} holds neither {run.config_file.name} nor {_ADAPTER_CONFIG}",
             remedy="Give a run folder, an adapter folder or a config file.",

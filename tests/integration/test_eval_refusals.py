@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -322,3 +324,15 @@ def test_a_failure_while_writing_leaves_the_evaluation_before(refused, lora, run
     monkeypatch.setattr(pyarrow.parquet, "write_table", full)
     assert "No space left on device" in refused(run, "--output", kept, "--limit", "5")
     assert json.loads((kept / "summary.json").read_text())["rows"] == 6
+
+
+def test_what_isnt_there_is_refused_without_torch(tmp_path):
+    """Torch and transformers take seconds to import: a typing error in a path shouldn't."""
+    code = (
+        "import sys; sys.argv = ['lora', 'eval', 'nowhere']\n"
+        "from lora_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 2\n"
+        "assert not {'torch', 'transformers', 'peft', 'pyarrow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
