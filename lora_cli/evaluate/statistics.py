@@ -3,7 +3,7 @@
 A figure is a ratio of sums over rows (nats per token, right tokens per token), so a draw of rows with
 replacement gives another figure. Base and adapter are always drawn together. What is yes or no in each row has
 a score interval instead: where nearly all rows say the same, draws of them hardly differ, and a bootstrap would be
-sure of what it hasn't seen (scripts/coverage.py measures both). Knows nothing about models.
+sure of what it hasn't seen (scripts/intervals.py measures both). Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _outer(
     """On either side the outer of two bounds: of the expanded percentile interval and of the bootstrap-t.
 
     The percentile's is too narrow where few rows make up most of the change, bootstrap-t's erratic where there are few
-    rows; together they hold what is claimed for more kinds of rows than either (scripts/coverage.py).
+    rows; together they hold what is claimed for more kinds of rows than either (scripts/intervals.py).
     """
     difference = float((ratio.adapter - ratio.base).sum() / ratio.per.sum())
     rows = len(ratio.per)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lora_cli.evaluate import harness
 from tests.integration.adapters import make_adapter
 
 
@@ -279,6 +280,18 @@ def test_answers_to_texts(refused, run, tmp_path):
     path.write_text('{"text": "it rained all over town"}\n' * 6)
     message = refused(run, "--data", path, "--generate")
     assert "no row has a prompt" in message
+
+
+@pytest.mark.parametrize(
+    "option", [("--data", "x.jsonl"), ("--generate",), ("--choices", "a,b"), ("--base", "both"), ("--group-by", "x")]
+)
+def test_questions_of_rows_are_no_questions_of_tasks(refused, run, option):
+    assert option[0] in refused(run, "--tasks", "mine.yaml", *option)
+
+
+def test_without_the_harness_its_extra_is_named(refused, run, monkeypatch):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    assert "pip install 'lora-cli[harness]'" in refused(run, "--tasks", "mine.yaml")
 
 
 # Where it goes

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.evaluate import harness
 from tests.integration.adapters import make_adapter, make_harmful_adapter
 
 pytest.importorskip("lm_eval", reason="the extra `harness` isn't installed")
@@ -152,19 +151,3 @@ def test_tasks_that_cant_be_put(run, tasks, tmp_path, monkeypatch, lora, name, n
     assert all(part in err for part in named), err
     assert "Traceback" not in err and "loading weights" not in err
     assert not (run / "eval").exists()
-
-
-@pytest.mark.parametrize(
-    "option", [("--data", "x.jsonl"), ("--generate",), ("--choices", "a,b"), ("--base", "both"), ("--group-by", "x")]
-)
-def test_questions_of_rows_are_no_questions_of_tasks(run, tasks, lora, option):
-    code, out, err = lora("eval", run, "--tasks", tasks / "choosing.yaml", *option)
-    assert (code, out) == (2, "")
-    assert option[0] in err and not (run / "eval").exists()
-
-
-def test_without_the_harness_its_extra_is_named(run, tasks, lora, monkeypatch):
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    code, out, err = lora("eval", run, "--tasks", tasks / "choosing.yaml")
-    assert (code, out) == (2, "")
-    assert "pip install 'lora-cli[harness]'" in err

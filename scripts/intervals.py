@@ -1,7 +1,7 @@
 """Do the intervals of `lora eval` hold what they claim? Populations whose truth is known, sampled again and again.
 
-    python scripts/coverage.py .demo/lora/eval/validation/rows.parquet     about five minutes on one core
-    python scripts/coverage.py --samples 20 --draws 200                    a smoke test; its figures mean nothing
+    python scripts/intervals.py .demo/lora/eval/validation/rows.parquet     about five minutes on one core
+    python scripts/intervals.py --samples 20 --draws 200                    a smoke test; its figures mean nothing
 
 A population is the rows of an evaluation, or made up here: rows of skewed length whose gain depends on it, rows of
 which few gain anything, and answers that are right or wrong. From each, samples of rows are drawn with replacement;
