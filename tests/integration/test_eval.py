@@ -220,6 +220,22 @@ def test_held_out_rows_were_not_trained_on(run, rows):
     assert whole.warnings[0].startswith("31 of 41 rows were trained on")
 
 
+def test_validation_rows_that_were_trained_on_are_named(run, rows, tmp_path):
+    """Among six rows to validate on, two are copies of training rows, under other names and beside other columns."""
+    copies = [json.loads(line) for line in (rows / "train.jsonl").read_text().splitlines()[3:5]]
+    held = [json.loads(line) for line in (rows / "heldout.jsonl").read_text().splitlines()]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps({"id": n, **row}) + "\n" for n, row in enumerate([*held, *copies])))
+    result = evaluate(run, overrides=[f"data.validation={mixed}"])
+    assert result.warnings[0] == "2 of 8 rows were trained on; the first is mixed.jsonl:7"
+    assert evaluate(run).warnings == ()
+    few = evaluate(run, data=str(mixed), limit=5)  # the count is of those that are judged
+    places = pyarrow.parquet.read_table(run / "eval" / "mixed" / "rows.parquet").to_pydict()["place"]
+    seen = [place for place in places if place in ("mixed.jsonl:7", "mixed.jsonl:8")]
+    assert seen
+    assert few.warnings[0] == f"{len(seen)} of 5 rows were trained on; the first is {seen[0]}"
+
+
 def test_a_run_that_held_nothing_out_says_so(run):
     result = evaluate(run, overrides=["data.validation=null"])
     assert (result.data, result.rows) == ("train", 41)
