@@ -68,9 +68,12 @@ def remember(bench: Bench, loaded: Loaded, observed: Observed) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=".writing-")
-        with open(descriptor, "wb") as file:
-            file.write(content.getvalue())
-        os.replace(temporary, place)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content.getvalue())
+            os.replace(temporary, place)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
         by_age = sorted(place.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime)
         for path in by_age[:-_KEPT]:
             path.unlink(missing_ok=True)
@@ -83,9 +86,7 @@ def _place(bench: Bench, loaded: Loaded) -> Path:
     folder = Path(model.name_or_path).expanduser()
     key = key_of(
         {
-            "base": weights_fingerprint(folder)
-            if folder.is_dir()
-            else getattr(loaded.base.config, "_commit_hash", None),
+            "base": _weights(folder) if folder.is_dir() else getattr(loaded.base.config, "_commit_hash", None),
             "config": loaded.base.config.to_json_string(use_diff=False),
             "model": model.model_dump(mode="json"),
             "computation": [loaded.computation.packing, loaded.computation.loss, loaded.computation.attention],
@@ -102,6 +103,11 @@ def _place(bench: Bench, loaded: Loaded) -> Path:
         }
     )
     return cache_folder().parent / "evaluated" / f"{key}.npz"
+
+
+def _weights(folder: Path) -> list[Any]:
+    """Samples of the weights, and when their files were written: a change between the samples mustn't go unseen."""
+    return [weights_fingerprint(folder), *(path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors")))]
 
 
 def _content(examples: Examples) -> str:

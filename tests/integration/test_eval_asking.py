@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pyarrow.parquet
@@ -307,6 +308,10 @@ def test_another_base_is_asked_anew_and_so_is_one_whose_figures_are_damaged(run,
     assert asked
     _, asked = asked_the_base(run, overrides=elsewhere)
     assert not asked
+    weights = copy / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))  # written anew, with samples that are the same
+    _, asked = asked_the_base(run, overrides=elsewhere)
+    assert asked
     model = AutoModelForCausalLM.from_pretrained(copy)
     with torch.no_grad():
         model.transformer.wte.weight.mul_(1.1)
