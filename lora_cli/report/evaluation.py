@@ -117,13 +117,20 @@ def measure_cells(measure: Measure, loss: Measure) -> tuple[str, ...]:
     """A measure as it stands in a table: name, base, adapter, difference, interval."""
     name = measure_name(measure.name)
     base, adapter = (_number(value) for value in (measure.base, measure.adapter))
+    differences, digits, unit = [measure.difference, measure.low, measure.high], 4, ""
     if measure.name == "perplexity":  # as a ratio, which is what a difference of losses makes of it
-        difference, low, high = (f"{_percent(d):+,.1f}" for d in (loss.difference, loss.low, loss.high))
-        return name, base, adapter, f"{difference} %", f"{low} .. {high}"
-    if measure.name == "answer_tokens":
+        differences = [_percent(value) for value in (loss.difference, loss.low, loss.high)]
+        digits, unit = 1, " %"
+    elif measure.name == "answer_tokens":
         base, adapter = (f"{value:,.1f}" for value in (measure.base, measure.adapter))
-        return name, base, adapter, f"{measure.difference:+,.1f}", f"{measure.low:+,.1f} .. {measure.high:+,.1f}"
-    return name, base, adapter, f"{measure.difference:+.4f}", f"{measure.low:+.4f} .. {measure.high:+.4f}"
+        digits = 1
+    difference, low, high = (_signed(value, digits) for value in differences)
+    return name, base, adapter, f"{difference}{unit}", f"{low} .. {high}"
+
+
+def _signed(value: float, digits: int) -> str:
+    """With its sign; what is nothing at all, and not merely little, has neither sign nor digits."""
+    return f"{value:+,.{digits}f}" if value != 0 else "0"
 
 
 def _percent(difference: float) -> float:

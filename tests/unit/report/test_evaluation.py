@@ -169,6 +169,17 @@ def group(name, rows, difference=-0.5):
     )
 
 
+def test_nothing_at_all_is_no_small_number():
+    nothing = replace(
+        COMPARISON, measures=(measure("loss", 1.0, 1.0, 0.0, 0.0), measure("chrf", 0.5, 0.50001, -1e-5, 3e-5))
+    )
+    loss, chrf = (
+        line for line in render_evaluation(replace(EVALUATION, comparison=nothing), 80).splitlines() if "0 .. " in line
+    )
+    assert loss.split()[3:] == ["0", "0", "..", "0"]
+    assert chrf.split()[3:] == ["+0.0000", "-0.0000", "..", "+0.0000"]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_groups_stand_below_the_figures(width):
     groups = (group("law and order, a long name of a group that goes on", 300), group("medicine", 4))
