@@ -124,7 +124,7 @@ def prepare(target: Target, request: Request, emit: Emit) -> Bench:
             f"--pattern {request.pattern}: it is found in no row's answer",
             remedy=f"The first answer is: {asked[0].reference.strip()[:80]!r}.",
         )
-    warnings = (*rows.warnings, *_left_out(len(rows.examples), generate, len(found), ballot))
+    warnings = (*target.doubts, *rows.warnings, *_left_out(len(rows.examples), generate, len(found), ballot))
     for text in warnings:
         emit(Warned(text))
     tokens = request.max_new_tokens or (answer_limit(asked) if asked else 1)

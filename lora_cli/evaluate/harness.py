@@ -33,7 +33,7 @@ from lora_cli.evaluate.rows import rows_name
 from lora_cli.evaluate.statistics import Ratio, compare
 from lora_cli.evaluate.target import find_target
 from lora_cli.report.comparison import Measure
-from lora_cli.report.events import Emit, Working, ignore
+from lora_cli.report.events import Emit, Warned, Working, ignore
 from lora_cli.report.tasks import TaskComparison, TaskEvaluation, TaskFigure
 from lora_cli.report.tasks_page import render_tasks_page
 
@@ -127,6 +127,8 @@ def evaluate_tasks(
     reader = read_target(found)
     if chat and not reader.tokenizer.chat_template:
         raise UserError("--apply-chat-template: the tokenizer has no chat template", remedy="Leave it out.")
+    for text in found.doubts:
+        emit(Warned(text))
     emit(Working("reading tasks"))
     session = Session(tuple(tasks), _load(tasks), reader, num_fewshot, limit, chat)
     loaded = load_target(found, reader, emit, quantized=as_trained)

@@ -18,6 +18,10 @@ from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_QUANTIZED_OR_NOT = (
+    "nothing says whether the adapter was trained on a quantized base; it is judged on one that isn't. "
+    "If it was: --set 'model.quantization={type: nf4}'"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,13 @@ class Target:
     def bare(self) -> bool:
         """Nothing says how the adapter was trained: `config` holds its base, defaults, and no rows."""
         return self.run is None
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What isn't known of the training, and might be taken for granted."""
+        if not self.bare or self.config.model.quantization is not None:
+            return ()
+        return (_QUANTIZED_OR_NOT,)
 
 
 def is_adapter(folder: Path) -> bool:

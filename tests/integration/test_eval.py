@@ -156,6 +156,12 @@ def test_a_moved_run_an_adapter_and_a_config_are_the_same_target(run, rows, tmp_
     alone = evaluate(bare, data=str(rows / "heldout.jsonl"), overrides=["model.dtype=float32", "data.max_length=96"])
     assert alone.comparison.loss.adapter == pytest.approx(by_run.comparison.loss.adapter, rel=1e-6)
     assert alone.folder is None
+    assert by_run.warnings == by_adapter.warnings == by_config.warnings == ()
+    [doubt] = alone.warnings
+    assert "quantized" in doubt
+    nf4 = ["model.dtype=float32", "data.max_length=96", "model.quantization={type: nf4, allow_partial: true}"]
+    told = evaluate(bare, data=str(rows / "heldout.jsonl"), overrides=nf4)
+    assert (told.warnings, told.comparison.precision) == ((), "nf4, double quant")
     assert not (bare / "eval").exists()
 
 
