@@ -1,15 +1,16 @@
 """Text from a model, greedily or by sampling, with the model's own attention and a cache.
 
 Prompts of one length run as one batch, so that there is no padding here either and a prompt's answer never depends
-on its neighbours.
+on its neighbours. For many prompts of many lengths that would leave hardly any batches: whoever asks so has prompts of
+neighbouring lengths share a batch, padded on the left, which changes an answer by rounding alone.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,7 @@ def generate_aloud(
     device = next(model.parameters()).device
     aloud = _Aloud(tokenizer, say, stop_token_ids)
     with generating(model, computation), computation.autocast(device):
-        (ids,) = _run(model, torch.tensor([list(prompt)], device=device), stop_token_ids, sampling, aloud)
+        (ids,) = _run(model, [prompt], device, stop_token_ids, sampling, aloud)
     return _finish(tokenizer, ids, stop_token_ids)
 
 
@@ -85,30 +86,59 @@ def generate_batch(
     stop_token_ids: frozenset[int],
     sampling: Sampling,
     *,
+    padded: bool = False,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
-    """An answer for each prompt (token ids), in order."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
+    """An answer for each prompt (token ids), in order.
+
+    Args:
+        padded: let prompts of different lengths share a batch; for models whose attention reads a mask and positions.
+    """
     answers: dict[int, Generated] = {}
     device = next(model.parameters()).device
     with generating(model, computation), computation.autocast(device):
-        for _, indices in sorted(by_length.items()):
-            for start in range(0, len(indices), batch_size):
-                group = indices[start : start + batch_size]
-                input_ids = torch.tensor([list(prompts[i]) for i in group], device=device)
-                for index, ids in zip(group, _run(model, input_ids, stop_token_ids, sampling), strict=True):
-                    answers[index] = _finish(tokenizer, ids, stop_token_ids)
-                if progress is not None:
-                    progress(len(answers), len(prompts))
+        for group in _batches([len(prompt) for prompt in prompts], batch_size, padded=padded):
+            batch = [prompts[index] for index in group]
+            for index, ids in zip(group, _fitting(model, batch, device, stop_token_ids, sampling), strict=True):
+                answers[index] = _finish(tokenizer, ids, stop_token_ids)
+            if progress is not None:
+                progress(len(answers), len(prompts))
     return [answers[index] for index in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], batch_size: int, *, padded: bool) -> Iterator[list[int]]:
+    """Indices of prompts that run together, shortest first: of one length, or of neighbouring ones."""
+    ordered = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    runs = [ordered] if padded else [list(run) for _, run in groupby(ordered, key=lambda index: lengths[index])]
+    for run in runs:
+        for start in range(0, len(run), batch_size):
+            yield run[start : start + batch_size]
+
+
+def _fitting(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    stop_token_ids: frozenset[int],
+    sampling: Sampling,
+) -> list[list[int]]:
+    """The batch's new tokens; in halves where the whole doesn't fit in memory."""
+    try:
+        return _run(model, prompts, device, stop_token_ids, sampling)
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(prompts) // 2
+    halves = (prompts[:middle], prompts[middle:])
+    return [ids for half in halves for ids in _fitting(model, half, device, stop_token_ids, sampling)]
 
 
 def _run(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
     stop_token_ids: frozenset[int],
     sampling: Sampling,
     streamer: _Aloud | None = None,
@@ -116,13 +146,17 @@ def _run(
     from transformers import GenerationConfig
 
     stops = sorted(stop_token_ids)
+    filler = stops[0] if stops else 0
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[filler] * (longest - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=device)
     torch.manual_seed(sampling.seed)
     output: torch.Tensor = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
+        attention_mask=mask,
         generation_config=GenerationConfig(
             eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
+            pad_token_id=filler,
             use_cache=True,
             **sampling.as_transformers(),
         ),

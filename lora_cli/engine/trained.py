@@ -22,6 +22,10 @@ from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ANY = "Give a run folder, an adapter folder or a config file."
+_QUANTIZED_OR_NOT = (
+    "nothing says whether the adapter was trained on a quantized base; it is judged on one that isn't. "
+    "If it was: --set 'model.quantization={type: nf4}'"
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,21 @@ class Target:
         return self.config.model
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What isn't known of the training, and might be taken for granted."""
+        if not self.bare or self.config.model.quantization is not None:
+            return ()
+        return (_QUANTIZED_OR_NOT,)
+
+    @property
     def title(self) -> str:
         """How it is called in a model card."""
         return (self.run.path if self.run is not None else self.result).resolve().name
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, and no whole model."""
+    return (folder / _ADAPTER_CONFIG).is_file()
 
 
 def find_target(target: Path | str, overrides: Sequence[str] = (), *, whole_models: bool = False) -> Target:
@@ -68,7 +84,7 @@ def find_target(target: Path | str, overrides: Sequence[str] = (), *, whole_mode
         if whole_models and not looks_like_folder(str(target)):
             return _whole(str(target), path, overrides)
         raise UserError(f"nothing at {path.absolute()}", remedy=_ANY)
-    if (path / _ADAPTER_CONFIG).is_file():
+    if is_adapter(path):
         run = RunFolder(path.absolute().parent)
         if run.config_file.is_file() and run.adapter_dir == path.absolute():
             return _of_run(str(target), run.config_file, overrides, folder=run)
@@ -79,7 +95,10 @@ def find_target(target: Path | str, overrides: Sequence[str] = (), *, whole_mode
     if (path / "config.json").is_file():
         if whole_models:
             return _whole(str(target), path, overrides)
-        raise UserError(f"{path.absolute()} is a whole model, not an adapter", remedy=_ANY)
+        raise UserError(
+            f"{path.absolute()} is a whole model, not an adapter: it has no base",
+            remedy=f"{_ANY}\nTo judge it beside the run that it was made of: lora eval RUN --adapter {path}",
+        )
     raise UserError(f"{path.absolute()} holds neither {run.config_file.name} nor {_ADAPTER_CONFIG}", remedy=_ANY)
 
 

@@ -2,6 +2,9 @@
 
 The base is loaded once; what an adapter overwrites of it (biases, copies of embeddings) is put back. Knows nothing
 about where a base comes from or what it is asked.
+
+What is damaged, not finite or another model's is refused, not half used: PEFT leaves out what has no place in the base,
+and leaves at random what the file lacks.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+_WEIGHTS = "adapter_model.safetensors"
 _NO_SUM = (
     "use_dora",
     "lora_bias",
@@ -42,6 +46,34 @@ class Piece:
     weight: float = 1.0
 
 
+def read_names(folder: Path) -> frozenset[str]:
+    """The names of an adapter's tensors, after all of them have been looked at; needs no base.
+
+    Raises:
+        ModelError: the file is missing, damaged, or holds NaN or infinity.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    check_adapter_folder(folder)
+    path = folder / _WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = frozenset(file.keys())
+            spoilt = [name for name in sorted(names) if not bool(torch.isfinite(file.get_tensor(name).float()).all())]
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path.absolute()} can't be read: {error}", remedy="It is damaged or was cut short: copy it again."
+        ) from error
+    if spoilt:
+        raise ModelError(
+            f"{path.absolute()} is not finite: NaN or infinity in {spoilt[0]}"
+            + (f" and {len(spoilt) - 1:,} more" if len(spoilt) > 1 else ""),
+            remedy="Its training went astray; an earlier checkpoint may be sound.",
+        )
+    return names
+
+
 @contextmanager
 def worn(base: PreTrainedModel, pieces: Sequence[Piece], dtype: torch.dtype) -> Iterator[PreTrainedModel]:
     """The base with all of `pieces` on it, their weighted effects added up. Afterwards the base is as it was.
@@ -50,7 +82,7 @@ def worn(base: PreTrainedModel, pieces: Sequence[Piece], dtype: torch.dtype) -> 
         ModelError: an adapter that belongs to another base, or that can't be weighted or stacked.
     """
     for piece in pieces:
-        check_adapter_folder(piece.folder)
+        read_names(piece.folder)
         if len(pieces) > 1 or piece.weight != 1.0:
             _check_plain(piece.folder)
     before = _about_to_be_overwritten(base, [piece.folder for piece in pieces])
@@ -73,7 +105,6 @@ def worn(base: PreTrainedModel, pieces: Sequence[Piece], dtype: torch.dtype) -> 
 
 def _put_on(base: PreTrainedModel, model: PeftModel | None, folder: Path, name: str) -> PeftModel:
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
     try:
         with warnings.catch_warnings():
@@ -82,10 +113,9 @@ def _put_on(base: PreTrainedModel, model: PeftModel | None, folder: Path, name: 
                 model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
             else:
                 model.load_adapter(str(folder), adapter_name=name)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise _misfit(folder, str(error).strip().splitlines()[0]) from error
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
+    except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
+        raise _misfit(folder, _reason(error)) from error
+    saved = _names(folder)
     # PEFT would leave what doesn't match at random, or out.
     expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     strange = sorted(expected ^ saved, key=lambda key: ("lora_" not in key, key))
@@ -93,6 +123,12 @@ def _put_on(base: PreTrainedModel, model: PeftModel | None, folder: Path, name: 
         where = "the file lacks" if strange[0] in expected else "the base has no place for"
         raise _misfit(folder, f"{where} {strange[0]}")
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something: torch heads its list of mismatches with the name of a class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if line.startswith("size mismatch")), lines[0])
 
 
 def _misfit(folder: Path, why: str) -> ModelError:
@@ -136,20 +172,23 @@ def _take_off(base: PreTrainedModel) -> None:
 
 def _about_to_be_overwritten(base: PreTrainedModel, folders: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Parameters of the base that lie in the adapters' files under their own names, which PEFT loads into the base."""
-    from safetensors import safe_open
-
     parameters = dict(base.named_parameters(remove_duplicate=False))
     found = {}
     for folder in folders:
         whole = tuple(_settings(folder).get("modules_to_save") or ())
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            keys = list(file.keys())
-        names = [key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in keys]
+        names = [key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in sorted(_names(folder))]
         for name in names:
             owner = name.rpartition(".")[0]
             if name in parameters and not any(owner == one or owner.endswith(f".{one}") for one in whole):
                 found[name] = parameters[name].detach().clone()
     return found
+
+
+def _names(folder: Path) -> frozenset[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        return frozenset(file.keys())
 
 
 def _check_plain(folder: Path) -> None:

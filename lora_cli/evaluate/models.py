@@ -5,7 +5,7 @@ Knows how a target becomes a model on a device; knows nothing about rows or figu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,14 @@ from lora_cli.engine.computation import Computation
 from lora_cli.engine.generation import Sampling
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
 from lora_cli.engine.selftest import prove_run
-from lora_cli.engine.trained import Target, check_same_base
-from lora_cli.engine.wearing import Piece, worn
+from lora_cli.engine.trained import Target, adapter_folder, check_same_base, is_adapter
+from lora_cli.engine.wearing import Piece, read_names, worn
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
-from lora_cli.model.weights import describe_quantization
+from lora_cli.model.weights import check_weight_files, describe_quantization
 from lora_cli.report.events import Emit, Warned, Working
+from lora_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,24 +67,56 @@ class Loaded:
     def precision(self) -> str:
         return describe_quantization(self.config.model.quantization) or dtype_name(self.computation.dtype)
 
+    def precision_of(self, result: Path) -> str:
+        """At what precision base and result are compared: a merged model runs in the weights that it has."""
+        if self.config.model.quantization is None or is_adapter(result):
+            return self.precision
+        return f"{self.precision}; the model in {dtype_name(self.computation.dtype)}"
+
     @contextmanager
     def trained(self, result: Path) -> Iterator[PreTrainedModel]:
         """The base with the adapter in `result` on it, or the whole model there, if it was trained in full.
 
         Afterwards the base is as it was.
         """
-        if not (result / "adapter_config.json").is_file():
+        if not is_adapter(result):
             yield self._whole(result)
             return
         with worn(self.base, [Piece(result)], self.computation.dtype) as model:
             yield model
 
     def _whole(self, folder: Path) -> PreTrainedModel:
-        named = {"name_or_path": str(folder), "revision": None}
+        named = {"name_or_path": str(folder), "revision": None, "quantization": None}
         config = self.config.model_copy(update={"model": self.config.model.model_copy(update=named)})
         model = load_model(config, read_architecture(config.model), self.computation, self.device)
         self.computation.prepare(model)
         return model
+
+
+def trained_folder(path: str) -> Path:
+    """What is judged beside the target: a run's result, an adapter, or a whole model such as a merged one.
+
+    Raises:
+        ModelError: nothing there can be used.
+    """
+    folder = Path(path).expanduser()
+    inner = RunFolder(folder).adapter_dir
+    whole = inner if inner.is_dir() else folder
+    if is_adapter(whole) or not (whole / "config.json").is_file():
+        return adapter_folder(path)
+    check_weight_files(whole)
+    return whole
+
+
+def check_results(results: Sequence[Path]) -> None:
+    """Look at every adapter's tensors, before weights of a base are read.
+
+    Raises:
+        ModelError: one is damaged, or not finite.
+    """
+    for folder in results:
+        if is_adapter(folder):
+            read_names(folder)
 
 
 def read_target(target: Target) -> Reader:

@@ -14,7 +14,7 @@ from lora_cli.engine.generation import Generated, Sampling, generate_aloud
 from lora_cli.engine.trained import find_target
 from lora_cli.errors import UserError
 from lora_cli.evaluate.answers import answer_all
-from lora_cli.evaluate.models import read_target
+from lora_cli.evaluate.models import check_results, read_target
 from lora_cli.evaluate.prompts import Layout, Prompt
 from lora_cli.evaluate.voices import Voice, Voices, find_voices, load_voices
 from lora_cli.report.comparison import Generations, Output
@@ -62,6 +62,7 @@ def generate(
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     found = find_target(target, overrides, whole_models=True)
     speakers = find_voices(found, adapters, base=base)
+    check_results([piece.folder for voice in speakers for piece in voice.pieces])
     reader = read_target(found)
     set_chat_template(found.config.data, reader.tokenizer)
     layout = Layout(found, reader, raw=raw, system=system)

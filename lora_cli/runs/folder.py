@@ -170,6 +170,35 @@ class RunFolder:
         return [json.loads(line) for line in whole]
 
 
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """The folder of one evaluation, in a run folder or elsewhere."""
+
+    path: Path
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def rows_file(self) -> Path:
+        return self.path / "rows.parquet"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def holds_something_else(self) -> bool:
+        """Whether what is there is neither an evaluation nor an empty folder."""
+        if not os.path.lexists(self.path):
+            return False
+        if not self.path.is_dir():
+            return True
+        own = {self.summary_file, self.rows_file, self.report_file}
+        return bool(set(self.path.iterdir()) - own)
+
+
 def _refuse_other_than_folders(path: Path) -> None:
     """Raises if `path`, or what it would be created in, is a file or can't be written to."""
     existing = path
