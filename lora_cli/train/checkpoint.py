@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,55 +23,12 @@ from lora_cli.engine.step import Learner
 from lora_cli.errors import RunFolderError
 from lora_cli.runs.atomic import settle, sync
 from lora_cli.runs.folder import RunFolder
+from lora_cli.train.position import Position
 
 _PARAMETERS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
-
-LOSS_SPAN = 50
-"""Steps at the start and at the end of a run whose mean loss its summary gives."""
-
-
-@dataclass
-class Position:
-    """Where a run stands; everything of the loop that outlives a step. Sums are since the last line written."""
-
-    step: int = 0
-    micro_batch_tokens: int = 0
-    asked_micro_batch_tokens: int = 0
-    """What the config said, before any halving: another value on resuming is another wish."""
-    learning_rate: float = 0.0
-    grad_norm: float = 0.0
-    """Of the last step that counted, as the learning rate."""
-    train_seconds: float = 0.0
-    num_tokens: int = 0
-    num_supervised_tokens: int = 0
-    window_loss: float = 0.0
-    """Sum of token losses, nats."""
-    window_tokens: int = 0
-    window_supervised: int = 0
-    window_seconds: float = 0.0
-    steps_counted: int = 0
-    first_losses: list[list[float]] = field(default_factory=list)
-    last_losses: list[list[float]] = field(default_factory=list)
-    """[loss sum, supervised tokens] of the first and last `LOSS_SPAN` steps, for the summary's means."""
-    eval_losses: list[list[float]] = field(default_factory=list)
-    """[step, loss] of each evaluation."""
-    best_eval_loss: float | None = None
-    best_step: int | None = None
-    evals_since_best: int = 0
-    skipped_in_a_row: int = 0
-    metrics_bytes: int = 0
-    """Where metrics.jsonl ended."""
-    threads: int = 0
-
-    def note_loss(self, loss_sum: float, supervised: int) -> None:
-        """Remember a step's loss as long as it may be among the first or the last."""
-        self.steps_counted += 1
-        if len(self.first_losses) < LOSS_SPAN:
-            self.first_losses.append([loss_sum, supervised])
-        self.last_losses = [*self.last_losses, [loss_sum, supervised]][-LOSS_SPAN:]
 
 
 def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fingerprint: str) -> Path:

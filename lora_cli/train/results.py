@@ -24,9 +24,9 @@ from lora_cli.report.svg import Mark
 from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
 from lora_cli.runs.folder import RunFolder
-from lora_cli.train.checkpoint import LOSS_SPAN
 from lora_cli.train.loop import Loop
 from lora_cli.train.memory import peak_memory_bytes
+from lora_cli.train.position import LOSS_SPAN
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -27,15 +27,10 @@ from lora_cli.report.events import Emit, Finished, Planned, Summary, Warned, Wor
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.environment import describe_environment
 from lora_cli.runs.folder import RunFolder
-from lora_cli.train.checkpoint import (
-    Position,
-    load_checkpoint,
-    load_parameters,
-    newest_checkpoint,
-    remove_later_checkpoints,
-)
+from lora_cli.train.checkpoint import load_checkpoint, load_parameters, newest_checkpoint, remove_later_checkpoints
 from lora_cli.train.differences import refuse_differences
 from lora_cli.train.loop import Loop
+from lora_cli.train.position import Position
 from lora_cli.train.results import read_summary, write_results
 from lora_cli.train.trackers import Trackers, flat_settings, require_trackers, start_trackers
 
