@@ -171,6 +171,8 @@ class Loop:
 
     def _write_checkpoint(self) -> None:
         """By the main process alone. In the middle of a step, too: nothing has moved since the last one."""
+        if self.folder.checkpoint(self.position.step).exists():
+            return
         self.position.metrics_bytes = self.folder.metrics_size()
         path = save_checkpoint(self.folder, self.learner, self.position, self.train.fingerprint)
         keep_best = self.position.best_step if self.config.train.load_best_model_at_end else None
@@ -211,15 +213,16 @@ class Loop:
     # Signals
 
     def _heed_signals(self) -> None:
-        """Between two micro-batches: stop here, or write a checkpoint and go on.
+        """Between two micro-batches: write a checkpoint, and stop here or go on.
 
         Raises:
             Abandoned: to be agreed upon by all processes where they next meet.
         """
-        if self._signals.received is not None:
-            raise Abandoned
-        if self.world.is_main and self._signals.save_asked():
+        stop = self._signals.received is not None
+        if self.world.is_main and (stop or self._signals.save_asked()):
             self._write_checkpoint()
+        if stop:
+            raise Abandoned
 
     def _asked(self) -> tuple[bool, bool]:
         """Whether any process was asked to stop, and whether any was asked for a checkpoint or finds one overdue."""
@@ -232,20 +235,23 @@ class Loop:
     def _stop(self) -> None:
         """End the run after a signal to any of its processes, with a checkpoint of the last step that was taken."""
         self.save()  # and no line of metrics: the window goes on where the run does
-        number = self._signals.received or signal.SIGTERM  # another process's signal, where this one had none
+        by_hand = self.world.any(self._signals.received == signal.SIGINT)
+        number = signal.SIGINT if by_hand else signal.SIGTERM
         when = f"after step {self.position.step:,}" if self.position.step else "before the first step was taken"
         raise Interrupted(
             number,
-            f"stopped by {signal.Signals(number).name} {when}; checkpoint written",
-            remedy=f"Go on with: {self._resume_command()}",
+            f"stopped by {number.name} {when}; checkpoint written",
+            remedy=f"Go on with: {resume_command(self.folder)}",
         )
-
-    def _resume_command(self) -> str:
-        return f"lora train {shlex.quote(str(self.folder.config_file))} --resume"
 
     def _kept(self) -> str:
         """What is left of a run that can't go on: nothing has moved since its last good step, so that is saved."""
         if not self.position.step:
             return ""
         self.save()
-        return f"\nSaved: {self.folder.checkpoint(self.position.step)}\nTo go on: {self._resume_command()}"
+        return f"\nSaved: {self.folder.checkpoint(self.position.step)}\nTo go on: {resume_command(self.folder)}"
+
+
+def resume_command(folder: RunFolder) -> str:
+    """What to type to go on with the run in a folder."""
+    return f"lora train {shlex.quote(str(folder.config_file))} --resume"

@@ -24,6 +24,7 @@ from lora_cli.report.svg import Mark
 from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
 from lora_cli.runs.folder import RunFolder
+from lora_cli.train.disk import tensors_into
 from lora_cli.train.loop import Loop
 from lora_cli.train.memory import peak_memory_bytes
 from lora_cli.train.position import LOSS_SPAN
@@ -51,8 +52,8 @@ def write_results(
         write_text(folder.adapter_dir / "README.md", card)
     emit(Working("writing samples"))
     samples = _samples(model, prepared, loop)
-    write_json(folder.summary_file, summary.as_json())
     write_text(folder.report_file, _report(folder, prepared, summary, samples))
+    write_json(folder.summary_file, summary.as_json())  # last: a run that has one is finished
     loop.world.wait()
     return summary
 
@@ -76,7 +77,8 @@ def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepare
     if isinstance(model, PeftModel):  # found again from any working directory
         base = with_absolute_paths(prepared.config).model.name_or_path
         model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(temporary))
+    with tensors_into(temporary):
+        model.save_pretrained(str(temporary))
     prepared.tokenizer.save_pretrained(temporary)
     settle(temporary)
     shutil.rmtree(folder.adapter_dir, ignore_errors=True)
