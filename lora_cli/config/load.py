@@ -71,6 +71,8 @@ def _read_file(path: Path) -> Document:
         raise UserError(f"{where} is over 1 MiB, too large for a config", remedy="Give the YAML file of the run.")
     try:
         return read_document(raw.decode("utf-8-sig"), path)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to be a config") from None
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), (_not_utf8(raw, error, path),)) from None
 

@@ -26,7 +26,7 @@ from lora_cli.engine.target import Target
 from lora_cli.engine.writes import planned_writes
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter, check_adapter_folder, unreached_by_all_linear
-from lora_cli.model.architecture import build_on_meta, read_architecture
+from lora_cli.model.architecture import build_on_meta, code_left_out, read_architecture
 from lora_cli.model.dtypes import dtype_name, resolve_dtype
 from lora_cli.model.parameters import count_parameters
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
@@ -152,6 +152,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
         memory=settled.memory,
         writes=planned_writes(resolved, parameters.trainable, steps),
         warnings=(
+            *code_left_out(config.model, architecture),
             *position_warnings,
             *target_warnings,
             *train.account.warnings,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_cli.data.formats import Completion
+from lora_cli.data.jinja import JinjaTemplate
 from lora_cli.data.loading import open_sources, set_chat_template
 from lora_cli.data.plain import PlainLayout
 from lora_cli.engine.generation import Generated, Sampling
@@ -89,11 +90,8 @@ def prompt_tokens(prompt: str, target: Target, reader: Reader, *, raw: bool) -> 
     """
     tokenizer = reader.tokenizer
     if tokenizer.chat_template and not raw:
-        ids = list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-            )
-        )
+        text = JinjaTemplate(tokenizer).render([{"role": "user", "content": prompt}], (), generation=True)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         laid_out = PlainLayout(tokenizer).completion(
             Completion(prompt, "", instruction=not raw and _trained_on_instructions(target))

@@ -15,6 +15,7 @@ from typing import Any
 from lora_cli.config import Config, load_config
 from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.model.adapter import check_adapter_folder
+from lora_cli.model.trust import refuse_links_out
 from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -103,6 +104,7 @@ def _of_bare_adapter(name: str, folder: Path, overrides: Sequence[str]) -> Targe
             f"{(folder / _ADAPTER_CONFIG).absolute()} names no base model (base_model_name_or_path)",
             remedy="Write the base's hub id or folder there, or give the config that it was trained with.",
         )
+    refuse_links_out(Path(base).expanduser())
     minimal: dict[str, Any] = {
         "model": {"name_or_path": base, "revision": settings.get("revision")},
         "data": {"train": "-"},

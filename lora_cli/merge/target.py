@@ -11,6 +11,7 @@ from lora_cli.engine.provenance import base_has_changed
 from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import looks_like_folder
+from lora_cli.model.trust import refuse_links_out
 from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -91,6 +92,7 @@ def _of_adapter(path: Path) -> Target:
             f"{(path / _ADAPTER_CONFIG).absolute()} names no base model",
             remedy="Write the base's folder or hub id to base_model_name_or_path.",
         )
+    refuse_links_out(Path(name).expanduser())
     return Target(path, ModelConfig(name_or_path=name, revision=settings.get("revision")), None, None, path)
 
 
