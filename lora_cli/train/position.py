@@ -39,6 +39,8 @@ class Position:
     best_step: int | None = None
     evals_since_best: int = 0
     skipped_in_a_row: int = 0
+    resumed_after: list[int] = field(default_factory=list)
+    """Steps after which the run was stopped, and gone on with."""
     metrics_bytes: int = 0
     """Where metrics.jsonl ended."""
     threads: int = 0

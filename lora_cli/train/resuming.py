@@ -61,6 +61,7 @@ def start_position(
         position.micro_batch_tokens = position.asked_micro_batch_tokens = tokens
     _say_what_changes_sums(position, fresh, prepared.plan.engine.dropout, emit)
     position.threads, position.processes = fresh.threads, fresh.processes
+    position.resumed_after.append(position.step)
     return position
 
 

@@ -80,6 +80,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(trained, w
     assert [event.step for event in run.events if isinstance(event, Resumed)] == [4]
     assert [event.step for event in run.events if isinstance(event, Stepped)] == [5, 6, 7, 8]
     assert_same_run(run.folder, whole())
+    assert "resumed after step 4" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -361,6 +362,49 @@ def test_the_first_step_of_an_extension_has_the_rate_of_the_longer_schedule(trai
         optimizer.step()
         longer.step()
     assert [line["learning_rate"] for line in metrics(run.folder)][4:] == expected[4:]
+
+
+def test_killed_between_the_old_adapter_and_the_new_one(trained, monkeypatch):
+    """An extension that dies while it puts its adapter in the place of the one before: nothing claims to be finished."""
+    constant = "train.lr_scheduler_type=constant"
+    before = adapter(trained(constant, "train.max_steps=4").folder)
+    replace = os.replace
+
+    def dies(source, target):
+        if Path(source).name == ".adapter.tmp":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(Interrupted):
+        trained(constant, resume=True)
+    monkeypatch.undo()
+    run = trained(constant, resume=True)
+    assert run.summary.steps == 8 and adapter(run.folder) != before
+    assert not list(run.folder.glob(".adapter*"))
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(trained, settings):
+    seen = []
+
+    def twice(event):
+        if isinstance(event, Stepped) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("went on")
+
+    with pytest.raises(Interrupted, match="at once") as stopped:
+        trained("train.save_steps=2", emit=twice)
+    assert not seen and stopped.value.exit_code == 130
+    folder = Path(settings().output_dir)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert "step-00000002" in (stopped.value.remedy or "")
+
+
+def test_a_checkpoint_when_asked_for_and_on_it_goes(trained, whole, settings):
+    run = trained(emit=at_step(3, send(signal.SIGUSR1)))
+    assert [event.step for event in run.events if isinstance(event, Saved)] == [3, 8]
+    assert_same_run(run.folder, whole())
 
 
 def test_evaluations_are_not_repeated_on_resuming(trained, rows):
