@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from proofs import forks, kills, shortages, stops, syscalls
+from proofs import canaries, forks, kills, shortages, stops, syscalls
 from proofs.bench import Tally, Workplace
 
 
@@ -33,6 +33,7 @@ def main() -> int:
             "terms2": lambda: stops.stopped_at_random(place, arguments.terms, processes=2),
             "memory": lambda: shortages.out_of_memory_at_random(place, arguments.shortages),
             "disk": lambda: shortages.full_disks(place),
+            "secrets": lambda: canaries.secrets_in_nothing(place),
         }
         if not syscalls.can_trace():
             print("calls: left out, since this machine doesn't let a process trace its children", file=sys.stderr)
@@ -57,7 +58,7 @@ def _run(proof: Callable[[], Tally]) -> Tally:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", metavar="PROOF", help="kills, calls, terms, terms2, memory, disk")
+    parser.add_argument("--only", nargs="*", metavar="PROOF", help="kills, calls, terms, terms2, memory, disk, secrets")
     parser.add_argument("--kills", type=int, default=300, metavar="N", help="kills at random moments")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="try every nth system call")
     parser.add_argument("--terms", type=int, default=50, metavar="N", help="signals, for each number of processes")

@@ -6,4 +6,7 @@ tiny       a model, rows and a config that train in a second
 kills      kill -9, at random moments and between any two such calls
 stops      SIGTERM and its like, on one process and on two
 shortages  memory and disks that run out
+canaries   secrets that must be in nothing that is written
+corpus     models, adapters, templates and rows as an attacker would make them
+wild       configs and rows as nobody writes them
 """

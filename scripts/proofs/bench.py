@@ -69,7 +69,11 @@ class Workplace:
 
     def start(self, config: Path, *arguments: str, before: Callable[[], object] | None = None) -> forks.Child:
         """`lora train CONFIG ARGUMENTS` in a fork."""
-        return forks.start(["train", str(config), *arguments], config.with_suffix(".log"), before)
+        return self.command(["train", str(config), *arguments], config.with_suffix(".log"), before)
+
+    def command(self, arguments: list[str], log: Path, before: Callable[[], object] | None = None) -> forks.Child:
+        """`lora ARGUMENTS` in a fork."""
+        return forks.start(arguments, log, before)
 
     def finish(self, config: Path, *arguments: str) -> forks.Child:
         """The same, to its end.
