@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import get_scheduler
 
 import lora_cli
@@ -107,8 +109,6 @@ def test_every_kind_of_run_goes_on_to_the_same_bits(trained, whole, overrides):
 
 def test_eight_bit_states_are_really_eight_bit(trained):
     run = trained("train.optim=adamw_8bit", "adapter.r=128", "train.max_steps=1")
-    from safetensors.torch import load_file
-
     states = load_file(run.folder / "checkpoints" / "step-00000001" / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in states.values())
 
@@ -320,6 +320,28 @@ def test_another_thread_count_is_named(trained, stopped):
     assert "2 threads instead of 1" in warning
 
 
+def test_two_processes_go_on_with_the_run_of_one(trained, stopped, whole, config_file):
+    """The same rows in the same steps; only sums are ordered otherwise."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command += ["-m", "lora_cli", "train", str(config_file), "--resume", "--set", "train.logging_steps=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("2 processes instead of 1") == 1
+    other = whole("train.logging_steps=1")
+    ours, theirs = metrics(stopped)[-4:], metrics(other)[-4:]
+    assert [line["step"] for line in ours] == [5, 6, 7, 8]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["num_supervised_tokens"] == two["num_supervised_tokens"] or one["step"] == 5  # since step 3
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-6) or one["step"] == 5
+    tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (stopped, other)]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_run_that_fell_back_to_the_full_loss_can_be_resumed(trained, stopped, monkeypatch, settings, tmp_path):
     prove_loss = selftest._prove_loss
     monkeypatch.setattr(
@@ -365,7 +387,7 @@ def test_the_first_step_of_an_extension_has_the_rate_of_the_longer_schedule(trai
 
 
 def test_killed_between_the_old_adapter_and_the_new_one(trained, monkeypatch):
-    """An extension that dies while it puts its adapter in the place of the one before: nothing claims to be finished."""
+    """An extension that dies while it puts its adapter in the other's place: nothing claims to be finished."""
     constant = "train.lr_scheduler_type=constant"
     before = adapter(trained(constant, "train.max_steps=4").folder)
     replace = os.replace
