@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def run(
-    name: str, meet: Callable[[Any, Counter[str]], None], cases: st.SearchStrategy[Any], count: int, start: int
+    name: str, meet: Callable[[Any, int, Counter[str]], None], cases: st.SearchStrategy[Any], count: int, start: int
 ) -> bool:
     """Whether so many cases were met without a failure; says what became of them."""
     tally: Counter[str] = Counter()
@@ -67,9 +67,9 @@ def run(
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
-    @given(cases)
-    def each(case: Any) -> None:
-        meet(case, tally)
+    @given(cases, st.integers(0, 9))
+    def each(case: Any, number: int) -> None:
+        meet(case, number, tally)
 
     try:
         each()
@@ -90,19 +90,19 @@ def _plain() -> dict[str, Any]:
     return plain
 
 
-def _meet_config(content: bytes, tally: Counter[str]) -> None:
+def _meet_config(content: bytes, number: int, tally: Counter[str]) -> None:
     Path("case.yaml").write_bytes(content)
-    _meet(_command("case.yaml", tally.total()), tally, content)
+    _meet(_command("case.yaml", number), tally, content)
 
 
-def _meet_rows(case: tuple[tuple[str, bytes], dict[str, Any]], tally: Counter[str]) -> None:
+def _meet_rows(case: tuple[tuple[str, bytes], dict[str, Any]], number: int, tally: Counter[str]) -> None:
     (name, content), changes = case
     rows = Path("wild") / name
     shutil.rmtree(rows.parent, ignore_errors=True)
     rows.parent.mkdir()
     rows.write_bytes(content)
     tiny.write_config(Path("case.json"), Path("model"), rows, Path("run"), data=changes)
-    _meet(_command("case.json", tally.total()), tally, content)
+    _meet(_command("case.json", number), tally, content)
 
 
 def _command(config: str, number: int) -> list[str]:

@@ -5,6 +5,7 @@ Each strategy gives the content of a file. None names a path outside the folder 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -108,13 +109,13 @@ def configs(draw: st.DrawFn, plain: dict[str, Any]) -> dict[str, Any]:
             section = section[name]
         match change:
             case "say":
-                section[path[-1]] = draw(st.sampled_from(_SAID[path]))
+                section[path[-1]] = copy.deepcopy(draw(st.sampled_from(_SAID[path])))
             case "set":
-                section[path[-1]] = draw(values)
+                section[path[-1]] = copy.deepcopy(draw(values))
             case "remove":
                 section.pop(path[-1], None)
             case _:
-                section[draw(_text)] = section.pop(path[-1], draw(values))
+                section[draw(_text)] = section.pop(path[-1], copy.deepcopy(draw(values)))
     return config
 
 
