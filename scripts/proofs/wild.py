@@ -6,12 +6,13 @@ Each strategy gives the content of a file. None names a path outside the folder 
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from typing import Any
 
-import yaml
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from lora_cli.config.json_schema import config_schema
 
@@ -31,7 +32,7 @@ WORDS = (
     "\x00a",
 )
 NUMBERS = (0, 1, -1, 2, 3, 7, 128, 1024, 10**6, 10**12, 2**63, 10**30, 0.5, 1.0, 1e-300, 1e300, -0.0)
-ODD = (None, True, False, float("nan"), float("inf"), [], {}, [[]], {"": ""}, [None], {"path": 3})
+ODD: tuple[Any, ...] = (None, True, False, float("nan"), float("inf"), [], {}, [[]], {"": ""}, [None], {"path": 3})
 
 _text = st.one_of(st.sampled_from(WORDS), st.text(max_size=12))
 _scalars = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(ODD), _text, st.integers(-3, 40))
@@ -119,11 +120,18 @@ def configs(draw: st.DrawFn, plain: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _as_yaml(config: Any, *, flow: bool) -> str:
+    writer, text = YAML(typ="safe", pure=True), io.StringIO()
+    writer.default_flow_style = flow
+    writer.dump(config, text)
+    return text.getvalue()
+
+
 def config_files(plain: dict[str, Any]) -> st.SearchStrategy[bytes]:
     """Such a config as YAML or JSON, or one of them with some of its characters changed."""
     dumps: tuple[Callable[[Any], str], ...] = (
-        lambda config: yaml.safe_dump(config, allow_unicode=True),
-        lambda config: yaml.safe_dump(config, default_flow_style=True),
+        lambda config: _as_yaml(config, flow=False),
+        lambda config: _as_yaml(config, flow=True),
         json.dumps,
     )
     whole = st.builds(lambda config, dump: dump(config), configs(plain), st.sampled_from(dumps))
