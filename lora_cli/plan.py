@@ -156,6 +156,8 @@ class Writes:
     checkpoint_every: str
     """In words: `every 200 steps`, or `at the end`."""
     free_bytes: int
+    peak_bytes: int = 0
+    """The most that lies there at one time: checkpoints that are kept, the one being written, the result."""
 
 
 @dataclass(frozen=True)

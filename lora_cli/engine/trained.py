@@ -18,6 +18,7 @@ from lora_cli.engine.provenance import base_has_changed
 from lora_cli.errors import ModelError, RunFolderError, UserError
 from lora_cli.model.adapter import check_adapter_folder
 from lora_cli.model.architecture import looks_like_folder
+from lora_cli.model.trust import refuse_links_out
 from lora_cli.runs.folder import RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -161,6 +162,7 @@ def _of_bare_adapter(name: str, folder: Path, overrides: Sequence[str]) -> Targe
             f"{(folder / _ADAPTER_CONFIG).absolute()} names no base model (base_model_name_or_path)",
             remedy="Write the base's hub id or folder there, or give the config that it was trained with.",
         )
+    refuse_links_out(Path(base).expanduser())
     return Target(name, _minimal(base, settings.get("revision"), folder, overrides), folder, None)
 
 
@@ -185,7 +187,7 @@ def _minimal(base: str, revision: str | None, folder: Path, overrides: Sequence[
 def _comes_quantized(base: Path) -> dict[str, Any] | None:
     """The quantization that a base in a folder brings along, if bitsandbytes made it; others are refused where used."""
     file = base / "config.json"
-    if not file.is_file():
+    if not file.is_file():  # a pipe isn't one either
         return None
     found = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
     if found.get("quant_method") != "bitsandbytes":

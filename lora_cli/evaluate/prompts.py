@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.formats import Completion
+from lora_cli.data.jinja import JinjaTemplate
 from lora_cli.data.loading import open_sources
 from lora_cli.data.plain import PlainLayout
 from lora_cli.engine.trained import Target
@@ -64,17 +65,15 @@ class Layout:
         return ids
 
     def _chat(self, prompt: Prompt) -> list[int]:
-        from jinja2 import TemplateError
-
         messages = list(prompt.messages or [{"role": "user", "content": prompt.text}])
         if self._system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self._system})
+        tokenizer = self._reader.tokenizer
         try:
-            return list(
-                self._reader.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            )
-        except TemplateError as error:
-            raise UserError(f"the chat template refuses {prompt.text[:40]!r}: {error}") from error
+            text = JinjaTemplate(tokenizer).render(messages, (), generation=True)
+        except DataError as error:
+            raise UserError(f"the prompt {prompt.text[:40]!r}: {error.message}") from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain(self, prompt: Prompt) -> list[int]:
         if len(prompt.messages) > 1:

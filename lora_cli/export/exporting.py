@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_cli.data.jinja import JinjaTemplate
 from lora_cli.engine.trained import Target, check_same_base, find_target
 from lora_cli.errors import LoraError, ModelError, UserError
 from lora_cli.export.adapter import write_adapter
@@ -199,8 +200,8 @@ def _whole_model(source: _Source) -> Any:
 
 def _template_has_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a conversation begins with a BOS: then that's what the model was trained on, and else it isn't."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    return tokenizer.bos_token is not None and str(text).startswith(tokenizer.bos_token)
+    text = JinjaTemplate(tokenizer).render([{"role": "user", "content": "a"}], ())
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 
 
 def _size(folder: Path) -> int:

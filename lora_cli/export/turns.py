@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_cli.errors import ModelError
+from lora_cli.data.jinja import JinjaTemplate
+from lora_cli.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,13 +121,11 @@ def _system(plain: Callable[[Messages], str], before_user: str) -> tuple[str, st
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer: bool = True) -> str:
-    from jinja2 import TemplateError
-
     spelled = [{"role": role, "content": words} for role, words in messages]
     try:
-        return str(tokenizer.apply_chat_template(spelled, tokenize=False, add_generation_prompt=answer))
-    except TemplateError as error:
-        raise ModelError(f"the chat template refuses a conversation: {error}") from error
+        return JinjaTemplate(tokenizer).render(spelled, (), generation=answer)
+    except DataError as error:
+        raise ModelError(error.message, remedy=error.remedy) from error
 
 
 def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> str:

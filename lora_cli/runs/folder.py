@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import RunFolderError
-from lora_cli.runs.atomic import without_infinities
+from lora_cli.runs.atomic import remove_leftovers, without_infinities
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 
@@ -100,6 +100,7 @@ class RunFolder:
         with self.lock():
             # Another process may have begun a run here since the first look.
             self.refuse_occupied(resume=resume)
+            remove_leftovers(self.path)
             yield
 
     @contextmanager

@@ -27,9 +27,10 @@ from lora_cli.report.svg import Mark
 from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
 from lora_cli.runs.folder import RunFolder
-from lora_cli.train.checkpoint import LOSS_SPAN
+from lora_cli.train.disk import tensors_into
 from lora_cli.train.loop import Loop
 from lora_cli.train.memory import peak_memory_bytes
+from lora_cli.train.position import LOSS_SPAN
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,15 +55,15 @@ def write_results(
         write_text(folder.adapter_dir / "README.md", card)
     emit(Working("writing samples"))
     samples = _samples(model, prepared, loop)
-    write_json(folder.summary_file, summary.as_json())
-    write_text(folder.report_file, _report(folder, prepared, summary, samples))
+    write_text(folder.report_file, _report(folder, prepared, loop, summary, samples))
+    write_json(folder.summary_file, summary.as_json())  # last: a run that has one is finished
     loop.world.wait()
     return summary
 
 
 def read_summary(folder: RunFolder) -> Summary | None:
-    """The summary of a finished run; None while there is none."""
-    if not folder.summary_file.is_file():
+    """The summary of a finished run; None while there is none, or what it speaks of isn't there."""
+    if not (folder.summary_file.is_file() and folder.adapter_dir.is_dir()):
         return None
     values = json.loads(folder.summary_file.read_text(encoding="utf-8"))
     counts = values.pop("parameters")
@@ -79,11 +80,16 @@ def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepare
     if isinstance(model, PeftModel):  # found again from any working directory
         base = with_absolute_paths(prepared.config).model.name_or_path
         model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(temporary))
+    with tensors_into(temporary):
+        model.save_pretrained(str(temporary))
     prepared.tokenizer.save_pretrained(temporary)
     settle(temporary)
-    shutil.rmtree(folder.adapter_dir, ignore_errors=True)
+    before = folder.adapter_dir.with_name(".adapter.before.tmp")  # of a run that was extended
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.adapter_dir.exists():
+        os.replace(folder.adapter_dir, before)
     os.replace(temporary, folder.adapter_dir)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _summary(folder: RunFolder, prepared: Prepared, loop: Loop) -> Summary:
@@ -152,7 +158,7 @@ def prompt_and_reference(examples: Examples, index: int) -> tuple[list[int], lis
     return example.input_ids[:start].tolist(), example.input_ids[start : start + length].tolist()
 
 
-def _report(folder: RunFolder, prepared: Prepared, summary: Summary, samples: list[Sample]) -> str:
+def _report(folder: RunFolder, prepared: Prepared, loop: Loop, summary: Summary, samples: list[Sample]) -> str:
     config, metrics = prepared.config, folder.read_metrics()
     return render_report(
         ReportInput(
@@ -164,7 +170,7 @@ def _report(folder: RunFolder, prepared: Prepared, summary: Summary, samples: li
             samples=samples,
             command="lora train config.yaml --output-dir NEW",
             warnings=(*prepared.plan.warnings, *prepared.plan.engine.notes),
-            marks=_marks(folder.checkpoint_steps(), metrics),
+            marks=_marks(folder.checkpoint_steps(), loop.position.resumed_after, metrics),
             data=asdict(prepared.train.account),
             max_length=config.data.max_length,
             example=_first_example(prepared),
@@ -174,11 +180,12 @@ def _report(folder: RunFolder, prepared: Prepared, summary: Summary, samples: li
     )
 
 
-def _marks(checkpoints: Sequence[int], metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """What happened on the way: checkpoints that are there, and micro-batches halved for want of memory."""
+def _marks(checkpoints: Sequence[int], resumed: Sequence[int], metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    """What happened on the way: checkpoints that are there, resumes, micro-batches halved for want of memory."""
     halvings = [line for line in metrics if line.get("out_of_memory")]
     return [
         *(Mark(step, "checkpoint", f"checkpoint at step {step:,}") for step in checkpoints),
+        *(Mark(step, "resume", f"resumed after step {step:,}") for step in resumed),
         *(
             Mark(line["step"], "halving", f"out of memory: micro-batches of {line['micro_batch_tokens']:,} tokens")
             for line in halvings
