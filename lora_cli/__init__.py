@@ -19,18 +19,19 @@ if TYPE_CHECKING:
     from lora_cli.config import load_config
     from lora_cli.estimate import estimate_vram
     from lora_cli.evaluate import evaluate
-    from lora_cli.merge import merge
+    from lora_cli.merge import extract, merge
     from lora_cli.train import train
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "estimate_vram", "evaluate", "load_config", "merge", "train"]
+__all__ = ["__version__", "estimate_vram", "evaluate", "extract", "load_config", "merge", "train"]
 
 _HOMES = {
     "load_config": "lora_cli.config",
     "train": "lora_cli.train",
     "estimate_vram": "lora_cli.estimate",
     "merge": "lora_cli.merge",
+    "extract": "lora_cli.merge",
     "evaluate": "lora_cli.evaluate",
 }
 

@@ -131,6 +131,8 @@ class Engine:
     """The largest dropout probability that is active in the model; above 0, results depend on the packing."""
     notes: tuple[str, ...] = ()
     """Why something runs the slower way."""
+    fusion: str | None = None
+    """What runs by the fused arithmetic for a CPU: `layers`, `linears`, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ class Writes:
     checkpoint_every: str
     """In words: `every 200 steps`, or `at the end`."""
     free_bytes: int
+    peak_bytes: int = 0
+    """The most that lies there at one time: checkpoints that are kept, the one being written, the result."""
 
 
 @dataclass(frozen=True)

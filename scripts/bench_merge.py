@@ -1,10 +1,11 @@
 """The streaming merge beside a plain copy of the files and beside PEFT's `merge_and_unload`, in one run.
 
-    python scripts/bench_merge.py [--layers 22] [--folder DIR]
+    python scripts/bench_merge.py [--layers 22] [--folder DIR] [--pairs 5] [--only-merge]
 
 Builds a random Llama of TinyLlama's shapes in bfloat16 (1.1B parameters with 22 layers, ten shards) and a LoRA of
-rank 16 on all its linear layers, then times, each in a process of its own: copying and syncing the shards, the merge
-without and with its verification, and load + merge_and_unload + save. A benchmark, not a test.
+rank 16 on all its linear layers, then times, each in a process of its own: pairs of copying and syncing the shards and
+of the merge without its numeric verification, whose ratio is the figure; then the merge with it, and load +
+merge_and_unload + save. A benchmark, not a test.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -69,9 +71,10 @@ def copy(folder: Path) -> dict[str, float]:
 def streaming(folder: Path, *, verify: bool) -> dict[str, float]:
     from lora_cli.merge import merge
 
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     report = merge([str(folder / "adapter")], folder / "merged", max_shard_size="235MB", verify=verify)
     found = {"seconds": report.seconds, "merge_peak": report.peak_memory_bytes, "whole": time.monotonic() - began}
+    found["processor"] = time.process_time() - worked
     if report.verification is not None:
         print(json.dumps(report.as_json()["verification"]), file=sys.stderr)
         found["verification"] = report.verification.seconds
@@ -102,10 +105,25 @@ WAYS = {
 }
 
 
+def run(way: str, folder: Path) -> dict[str, float]:
+    """One way in a process of its own; what it wrote goes away again."""
+    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    spelled = (f"{k} {v / 2**20:,.0f} MiB" if "peak" in k else f"{k} {v:.2f} s" for k, v in figures.items())
+    print(f"{way:18} {', '.join(spelled)}", flush=True)
+    for name in ("copied", "merged"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    os.sync()  # what the next one waits for is its own
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--folder", type=Path, help="keep base and adapter here, and use them again")
+    parser.add_argument("--pairs", type=int, default=5, help="of copy and merge, after one to warm up")
+    parser.add_argument("--only-merge", action="store_true", help="no verification, no merge_and_unload")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
@@ -117,14 +135,14 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "adapter").is_dir():
         build(folder, arguments.layers)
-    for way in ("copy", "copy", "merge", "merge", "merge and verify", "merge_and_unload"):
-        command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        figures = json.loads(done.stdout.splitlines()[-1])
-        spelled = (f"{k} {v / 2**20:,.0f} MiB" if "peak" in k else f"{k} {v:.2f} s" for k, v in figures.items())
-        print(f"{way:18} {', '.join(spelled)}", flush=True)
-        for name in ("copied", "merged"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    pairs = [(run("copy", folder), run("merge", folder)) for _ in range(arguments.pairs + 1)][1:]
+    ratios = sorted(merge["seconds"] / copied["seconds"] for copied, merge in pairs)
+    print(f"merge / copy       {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} pairs)")
+    if not arguments.only_merge:
+        verified, plain = run("merge and verify", folder), run("merge_and_unload", folder)
+        fastest = median(merge["seconds"] for _, merge in pairs)
+        print(f"merge_and_unload   {plain['seconds'] / fastest:.2f} x the merge, {plain['peak'] / 2**20:,.0f} MiB")
+        print(f"verification       {verified['verification']:.1f} s, whole process {verified['peak'] / 2**20:,.0f} MiB")
     if arguments.folder is None:
         shutil.rmtree(folder)
 

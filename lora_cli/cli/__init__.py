@@ -2,7 +2,9 @@
 
     app        the commands by name, and `main`
     before     init, check, preview, params, estimate-vram, schema
-    runs       train, eval, generate, merge
+    runs       train, eval
+    generation generate, and the chat
+    merging    merge, extract, export
     options    what several commands share
     help       the grouped help page, and typos
     failures   errors -> a message and an exit code

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lora_cli import __version__
-from lora_cli.cli import before, runs
+from lora_cli.cli import before, evaluation, generation, merging, runs
 from lora_cli.cli.failures import report_bug
 from lora_cli.cli.help import LoraCommand, LoraGroup
 from lora_cli.cli.quiet import quiet_libraries
@@ -29,9 +29,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "params": before.params,
     "estimate-vram": before.estimate,
     "train": runs.train,
-    "eval": runs.evaluate,
-    "generate": runs.generate,
-    "merge": runs.merge,
+    "eval": evaluation.evaluate,
+    "generate": generation.generate,
+    "merge": merging.merge,
+    "extract": merging.extract,
+    "export": merging.export,
     "schema": before.schema,
 }
 for name, function in COMMANDS.items():

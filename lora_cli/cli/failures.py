@@ -8,17 +8,20 @@ command.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from shutil import get_terminal_size
+from types import FrameType
 from typing import NoReturn
 
-from lora_cli.errors import ConfigError, LoraError, Problem
+from lora_cli.errors import ConfigError, Interrupted, LoraError, Problem
 
 _PATIENCE_SECONDS = 5.0
 INTERRUPTED = 130
@@ -30,13 +33,17 @@ _RED, _YELLOW, _PLAIN = "31;1", "33", "0"
 @contextmanager
 def exit_codes(*, debug: bool) -> Iterator[None]:
     """Run a command; what a user can cause becomes a message and `SystemExit`."""
+    _leave_on_sigterm()
     try:
         yield
         sys.stdout.flush()
     except LoraError as error:
         if debug:
             traceback.print_exc()
-        _let_the_first_process_say_it()
+        if not _is_first_process():
+            if isinstance(error, Interrupted):  # all of them were, and all agree
+                sys.exit(error.exit_code)
+            time.sleep(_PATIENCE_SECONDS)
         print(as_text(error, colour=_colour()), end="", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -49,13 +56,23 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         sys.exit(BROKEN_PIPE)
 
 
-def _let_the_first_process_say_it() -> None:
+def _leave_on_sigterm() -> None:
+    """SIGTERM unwinds as Ctrl-C does, where nobody else listens: temporary files go, and the cursor comes back."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
+
+
+def _is_first_process() -> bool:
     """Under torchrun a mistake of the user's fails every process alike; once is enough to be told.
 
-    The first one's end makes torchrun end the others. One that is still here has failed alone, and speaks.
+    The first one's end makes torchrun end the others. One that is still there a while later has failed alone, and
+    speaks.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(_PATIENCE_SECONDS)
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def report_bug() -> NoReturn:

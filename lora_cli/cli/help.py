@@ -19,7 +19,7 @@ from lora_cli.errors import UserError
 GROUPS: dict[str, tuple[str, ...]] = {
     "Before": ("init", "check", "preview", "params", "estimate-vram"),
     "Run": ("train",),
-    "After": ("eval", "generate", "merge"),
+    "After": ("eval", "generate", "merge", "extract", "export"),
     "Editor": ("schema",),
 }
 

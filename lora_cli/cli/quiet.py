@@ -9,7 +9,16 @@ import logging
 import os
 import warnings
 
-_CHATTY = ("transformers", "bitsandbytes", "peft", "accelerate", "datasets", "huggingface_hub", "torch.distributed")
+_CHATTY = (
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "torch.distributed",
+    "lm_eval",
+)
 
 
 def quiet_libraries() -> None:
@@ -19,6 +28,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

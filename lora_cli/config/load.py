@@ -71,6 +71,8 @@ def _read_file(path: Path) -> Document:
         raise UserError(f"{where} is over 1 MiB, too large for a config", remedy="Give the YAML file of the run.")
     try:
         return read_document(raw.decode("utf-8-sig"), path)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply to be a config") from None
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), (_not_utf8(raw, error, path),)) from None
 
@@ -151,9 +153,11 @@ def _without(value: Any, error: ValidationError) -> Config | None:
 def _take_out(value: Any, path: Path_, *, missing: bool) -> None:
     """Drop the value at `path`, or the list that it is in; give a placeholder to what is missing."""
     for step in path[:-1]:
-        if isinstance(value[step], list):
+        if isinstance(value.get(step), list):
             path = (step,)
             break
+        if not isinstance(value.get(step), dict):
+            return  # the list that it was in has been taken out for another mistake
         value = value[step]
     if missing and len(path) > 0 and path[-1] not in value:
         value[path[-1]] = copy.deepcopy(_PLACEHOLDERS[path[-1]])

@@ -112,6 +112,8 @@ def set_chat_template(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> N
     if data.chat_template is None:
         return
     path = Path(data.chat_template).expanduser()
+    if path.exists() and not path.is_file():
+        raise DataError(f"data.chat_template: {path.absolute()} is not a file", remedy="Name the file itself.")
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -60,6 +60,8 @@ def open_source(source: Source) -> Rows:
         return open_file(path)
     if path.is_dir():
         return _open_saved(path, source.split)
+    if path.exists():
+        raise DataError(f"{path.absolute()}: a pipe or a device, not a file", remedy="Rows are read more than once.")
     if path.is_absolute() or _FILE_ENDING.search(source.path) or not _HUB_ID.fullmatch(source.path):
         raise DataError(f"{path.absolute()}: no such file or folder", remedy="Named under `data` in the config.")
     return _open_hub(source)

@@ -26,6 +26,7 @@ def make_computation(config: Config, proof: Proof, device: torch.device) -> Comp
         loss=proof.loss,
         dtype=resolve_dtype(config.model.dtype, device),
         attention=proof.attention,
+        fusion=proof.fusion if device.type == "cpu" else None,
     )
 
 
@@ -60,12 +61,13 @@ def attach(base: PreTrainedModel, config: Config, computation: Computation) -> P
     """`make_trainable` for a base whose embeddings have their size; needs no tokenizer."""
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    computation.prepare(base)
     if config.adapter is None:
+        computation.prepare(base)
         base.requires_grad_(True)
         base.train()
         return base
     model = attach_adapter(base, config.adapter, seed=config.train.seed)
+    computation.prepare(causal_lm(model))
     model.train()
     if computation.dtype != torch.float32:
         leave_casting_to_autocast(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_cli.data.packing import pack
 from lora_cli.engine import attention, loss
+from lora_cli.engine.fused.fitting import Fusion, fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ class Computation:
     """Of the arithmetic; 16 bits run under autocast, with float32 trainable parameters."""
     attention: str
     """transformers' name of the model's own attention, used unless `packing` is `documents`."""
+    fusion: Fusion | None = None
+    """What runs by the fused arithmetic; None is the modules' own code."""
 
     def micro_batches(self, lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
         """Indices into `lengths`, grouped into micro-batches."""
@@ -41,8 +44,9 @@ class Computation:
         return pack(lengths, micro_batch_tokens)
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Give a model the attention that this computation runs with."""
+        """Give a model the attention and the arithmetic that this computation runs with; its adapter is attached."""
         attention.use_attention(model, attention.NAME if self.packing == "documents" else self.attention)
+        fuse(model, self.fusion)
 
     def loss_sum(self, model: PreTrainedModel, batch: FlatBatch) -> Tensor:
         """The sum of the losses of a batch's supervised tokens, a float32 scalar."""

@@ -195,9 +195,11 @@ class _ChunkedLoss(torch.autograd.Function):
         for hidden_CM, targets_C in zip(hidden_SM.split(rows), targets_S.split(rows), strict=True):
             with torch.enable_grad():
                 hidden_CM = hidden_CM.detach().requires_grad_()
-                chunk = F.cross_entropy(head(hidden_CM).float(), targets_C, reduction="sum")
-                grads = torch.autograd.grad(chunk, (hidden_CM, *parameters), allow_unused=True)
-            loss += chunk.detach()
+                logits_CV = head(hidden_CM)
+            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
+            grads = torch.autograd.grad(logits_CV, (hidden_CM, *parameters), grad_CV, allow_unused=True)
+            del logits_CV, grad_CV
+            loss += losses_C.sum()
             hidden_grads.append(_given(grads[0], hidden_CM))
             for total, grad in zip(parameter_grads, grads[1:], strict=True):
                 if grad is not None:
@@ -225,17 +227,49 @@ class _GroupLosses(torch.autograd.Function):
         for hidden_CM, targets_C, groups_C in pieces:
             with torch.enable_grad():
                 hidden_CM = hidden_CM.detach().requires_grad_()
-                losses_C = F.cross_entropy(head(hidden_CM).float(), targets_C, reduction="none")
-                (grad,) = torch.autograd.grad(losses_C.sum(), hidden_CM)
-            sums.index_add_(0, groups_C, losses_C.detach())
-            hidden_grads.append(grad)
-        ctx.save_for_backward(torch.cat(hidden_grads), groups_S)
+                logits_CV = head(hidden_CM)
+            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
+            hidden_grads += torch.autograd.grad(logits_CV, hidden_CM, grad_CV)
+            del logits_CV, grad_CV
+            sums.index_add_(0, groups_C, losses_C)
+        hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden_SM)
+        ctx.save_for_backward(hidden_grad, groups_S)
         return sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, groups_S = ctx.saved_tensors
         return (hidden_grad * grad[groups_S, None].to(hidden_grad.dtype), None, None, None, None, None)
+
+
+def _cross_entropy_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """[C] cross-entropies, float32, and the gradient of their sum in the dtype of the logits: softmax minus one at the
+    target.
+
+    On a CPU the gradient takes the place of the logits wherever nobody needs them any more.
+    """
+    with torch.no_grad():
+        values_CV = logits_CV.detach().float()
+        target_C1 = targets_C[:, None]
+        largest_C1, wanted_C1 = values_CV.amax(-1, keepdim=True), values_CV.gather(-1, target_C1)
+        ours = values_CV.device.type == "cpu" and (values_CV.dtype != logits_CV.dtype or _is_product(logits_CV))
+        grad_CV = torch.softmax(values_CV, -1, out=values_CV) if ours else torch.softmax(values_CV, -1)
+        # The largest probability is 1 / sum(exp(x - largest)): the logarithm of the sum, without a pass of its own.
+        log_sum_C1 = largest_C1 - grad_CV.amax(-1, keepdim=True).log()
+        losses_C = (log_sum_C1 - wanted_C1).squeeze(-1)
+        grad_CV.scatter_add_(-1, target_C1, torch.full_like(wanted_C1, -1.0))
+        return losses_C, grad_CV.to(logits_CV.dtype)
+
+
+def _is_product(logits: Tensor) -> bool:
+    """Whether the logits are a matrix product as it came, whose backward pass doesn't look at its result."""
+    node = logits.grad_fn
+    while node is not None and type(node).__name__ in _VIEWS:
+        node = node.next_functions[0][0]
+    return node is not None and type(node).__name__ in ("MmBackward0", "AddmmBackward0")
+
+
+_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "SelectBackward0", "SliceBackward0"})
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,15 @@ from lora_cli.engine.memory.settling import UNASKED_TOKENS, Settled, settle_memo
 from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove_run
 from lora_cli.engine.target import Target
+from lora_cli.engine.writes import planned_writes
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter, check_adapter_folder, unreached_by_all_linear
-from lora_cli.model.architecture import build_on_meta, read_architecture
+from lora_cli.model.architecture import build_on_meta, code_left_out, read_architecture
 from lora_cli.model.dtypes import dtype_name, resolve_dtype
 from lora_cli.model.parameters import count_parameters
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from lora_cli.model.weights import Reach, check_weight_files, describe_quantization, quantization_reach, refuse_partial
-from lora_cli.plan import Engine, ModelFacts, ParameterReport, Plan, Steps, Writes
+from lora_cli.plan import Engine, ModelFacts, ParameterReport, Plan, Steps
 from lora_cli.report.events import Emit, Working, ignore
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": UNASKED_TOKENS}
 """What `micro_batch_tokens: auto` is where the estimator isn't asked: on a CPU, and outside training."""
-OPTIMIZER_BYTES = {"sgd": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
-"""Bytes of optimizer state per trainable parameter; 8 where not named (two float32 moments)."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +148,12 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
             gradient_checkpointing=bool(resolved.train.gradient_checkpointing),
             dropout=largest_dropout(model),
             notes=proof.notes,
+            fusion=proof.fusion if device.type == "cpu" else None,
         ),
         memory=settled.memory,
-        writes=_writes(resolved, parameters.trainable, steps),
+        writes=planned_writes(resolved, parameters.trainable, steps),
         warnings=(
+            *code_left_out(config.model, architecture),
             *position_warnings,
             *target_warnings,
             *train.account.warnings,
@@ -305,24 +305,6 @@ def _describe_adapter(model: nn.Module) -> str | None:
     kinds = {kind.name for kind in count_parameters(model).by_module if kind.trainable_parameters}
     variant = "DoRA " if settings.use_dora else "rsLoRA " if settings.use_rslora else ""
     return f"{variant}r {settings.r}, alpha {settings.lora_alpha}, {len(kinds)} kinds of module"
-
-
-def _writes(config: Config, trainable: int, steps: Steps) -> Writes:
-    folder = Path(config.output_dir).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    train = config.train
-    if train.save_steps is not None:
-        every = f"every {train.save_steps:,} steps"
-    elif train.save_minutes is not None:
-        every = f"every {train.save_minutes:g} minutes"
-    else:
-        every = "at the end"
-    return Writes(
-        output_dir=config.output_dir,
-        checkpoint_bytes=trainable * (4 + OPTIMIZER_BYTES.get(train.optim, 8)),
-        checkpoint_every=every,
-        free_bytes=shutil.disk_usage(existing).free,
-    )
 
 
 def _check_positions(model: nn.Module, architecture: PretrainedConfig, max_length: int) -> list[str]:

@@ -14,7 +14,7 @@ from lora_cli.data.examples import Examples
 from lora_cli.data.packing import share
 from lora_cli.engine.batch import flat_batch
 from lora_cli.engine.computation import Computation
-from lora_cli.engine.step import OutOfMemory
+from lora_cli.engine.step import on_every_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,26 +37,26 @@ def example_losses(
 
     Raises:
         OutOfMemory: on every process when any one of them ran out.
+        Abandoned: on every process when `progress` raised it on any one of them.
     """
     lengths = examples.lengths
     mine = share([int(n) for n in lengths], world.size)[world.rank]
     losses = torch.zeros(len(examples), dtype=torch.float64, device=world.device)
-    done, ran_out = 0, False
-    try:
-        with evaluating(model):
-            for group in computation.micro_batches([int(lengths[i]) for i in mine], micro_batch_tokens):
-                indices = [mine[i] for i in group]
-                batch = flat_batch(examples, indices, world.device)
-                token_losses = computation.token_losses(model, batch).double()
-                index = torch.tensor(indices, device=world.device)[batch.documents]
-                losses.index_add_(0, index, token_losses)
-                done += len(indices)
-                if progress is not None:
-                    progress(done, len(mine))
-    except torch.OutOfMemoryError:
-        ran_out = True
-    if world.any(ran_out):
-        raise OutOfMemory
+
+    def score_mine() -> None:
+        done = 0
+        for group in computation.micro_batches([int(lengths[i]) for i in mine], micro_batch_tokens):
+            indices = [mine[i] for i in group]
+            batch = flat_batch(examples, indices, world.device)
+            token_losses = computation.token_losses(model, batch).double()
+            index = torch.tensor(indices, device=world.device)[batch.documents]
+            losses.index_add_(0, index, token_losses)
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(mine))
+
+    with evaluating(model):
+        on_every_process(score_mine, world)
     world.sum_in_place([losses])
     result: NDArray[np.float64] = losses.cpu().numpy()
     return result

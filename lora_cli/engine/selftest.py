@@ -1,9 +1,10 @@
-"""Proofs at start-up, on a small random copy of the model: does it pack, and is the chunked loss the model's own?
+"""Proofs at start-up, on a small random copy of the model: does it pack, is the chunked loss the model's own, and
+does the fused arithmetic compute what the layers compute?
 
 Packing is proven twice: replacing the first document of a row leaves the second one's logits where they were, and
 packed logits equal those of the document alone under the model's own attention (wrong positions show only there).
-The loss is proven against transformers' own, with the gradients of everything that is trained. A model that fails
-runs the next best way, and the reason is kept.
+The loss is proven against transformers' own, with the gradients of everything that is trained, and so is the fused
+arithmetic against the modules' own code. A model that fails runs the next best way, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lora_cli.config import AdapterConfig, Config
 from lora_cli.engine import attention, loss
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
+from lora_cli.engine.fused.fitting import Fusion, fuse
 from lora_cli.engine.miniature import NoMiniature, miniature
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter
@@ -55,6 +57,8 @@ class Proof:
     """Largest relative difference between packed logits and those of a document alone, as `leak`."""
     loss_error: float
     """Relative difference between the chunked loss and transformers' own, or between their gradients."""
+    fusion: Fusion | None = None
+    """What the fused arithmetic for a CPU fits."""
 
 
 def prove(
@@ -63,6 +67,7 @@ def prove(
     *,
     attn_implementation: str = "auto",
     wanted_loss: Literal["chunked", "full"] = "chunked",
+    fused: bool = True,
 ) -> Proof:
     """Find the best way to run a model that can be proven right."""
     try:
@@ -74,7 +79,8 @@ def prove(
         return Proof("single", "full", _auto(attn_implementation), (note,), UNKNOWN, UNKNOWN, UNKNOWN)
     with _quiet():
         proof = _prove_packing(model, own, attn_implementation)
-        return _prove_loss(model, adapter, proof, wanted_loss)
+        proof = _prove_loss(model, adapter, proof, wanted_loss)
+        return replace(proof, fusion=_prove_fusion(model, proof)) if fused and adapter is not None else proof
 
 
 def prove_run(config: Config, architecture: PretrainedConfig) -> Proof:
@@ -84,6 +90,7 @@ def prove_run(config: Config, architecture: PretrainedConfig) -> Proof:
         config.adapter,
         attn_implementation=config.model.attn_implementation,
         wanted_loss=config.train.loss,
+        fused=config.train.fused and config.model.quantization is None,  # the copy that proves it isn't quantized
     )
 
 
@@ -152,6 +159,34 @@ def _prove_loss(
         return replace(proof, loss="chunked", loss_error=apart)
     note = f"full loss, the chunked one differs by {apart:.1e}"
     return replace(proof, loss="full", notes=(*proof.notes, note), loss_error=apart)
+
+
+def _prove_fusion(model: PreTrainedModel, proof: Proof) -> Fusion | None:
+    """The most of the fused arithmetic that gives the loss and the gradients of the modules' own code.
+
+    `model` is the copy with its random adapter. What doesn't hold is no slower than without it, and needs no note.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = "eager" if proof.attention.startswith("flash") else proof.attention
+    computation = Computation(proof.packing, proof.loss, torch.float32, own)
+    batch = _batch(_documents(0)[:1] if proof.packing == "single" else _documents(0))
+    ways: tuple[Fusion, ...] = ("layers", "linears") if proof.packing == "documents" else ("linears",)
+    model.train()  # the fused arithmetic steps aside in evaluation
+    try:
+        computation.prepare(model)
+        expected = _loss_and_gradient(model, trained, computation, batch)
+        for fusion in ways:
+            if not fuse(model, fusion):
+                continue
+            found = _loss_and_gradient(model, trained, computation, batch)
+            if max(_relative(one, other) for one, other in zip(found, expected, strict=True)) <= TOLERANCE:
+                return fusion
+    except Exception:  # an architecture's own code may fail in any way, the fused arithmetic on what it didn't expect
+        return None
+    finally:
+        fuse(model, None)
+        model.eval()
+    return None
 
 
 def _with_random_adapter(model: PreTrainedModel, adapter: AdapterConfig | None) -> list[torch.nn.Parameter]:

@@ -8,7 +8,7 @@ may have no micro-batch at all, and gradients are summed once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,11 @@ class OutOfMemory(Exception):
     """Some process ran out of memory in this step. No parameter has moved and no gradient is left, on any process."""
 
 
+class Abandoned(Exception):
+    """Some process was asked to stop between two micro-batches, whose iterator raised this. As for `OutOfMemory`,
+    nothing has moved, on any process."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did."""
@@ -76,17 +81,19 @@ def train_step(learner: Learner, batches: Iterable[FlatBatch], num_supervised: i
 
     Raises:
         OutOfMemory: on every process when any one of them ran out; the step can be taken again, in smaller pieces.
+        Abandoned: on every process when `batches` raised it on any one of them.
     """
     loss = torch.zeros((), dtype=torch.float32, device=world.device)
-    ran_out = False
-    try:
+
+    def accumulate_all() -> None:
         for batch in batches:
-            loss += accumulate(learner, batch, num_supervised)
-    except torch.OutOfMemoryError:
-        ran_out = True
-    if world.any(ran_out):
+            loss.add_(accumulate(learner, batch, num_supervised))
+
+    try:
+        on_every_process(accumulate_all, world)
+    except (OutOfMemory, Abandoned):
         learner.optimizer.zero_grad(set_to_none=True)
-        raise OutOfMemory
+        raise
     return update(learner, loss, world)
 
 
@@ -112,6 +119,35 @@ def update(learner: Learner, loss: Tensor, world: World) -> StepResult:
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_value, norm_value, learning_rate, finite, overflowed)
+
+
+def on_every_process(work: Callable[[], None], world: World) -> None:
+    """Do this process's work; what ends it early on one process ends it on all.
+
+    Raises:
+        OutOfMemory, Abandoned: on every process, the latter where both happened.
+    """
+    ran_out = abandoned = False
+    try:
+        work()
+    except Abandoned:
+        abandoned = True
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ran_out = True
+    # Raised out here: an exception that is being handled keeps alive the frames it came from, and all their tensors.
+    ran_out_anywhere, abandoned_anywhere = world.sum([float(ran_out), float(abandoned)])
+    if abandoned_anywhere:
+        raise Abandoned
+    if ran_out_anywhere:
+        raise OutOfMemory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: PyTorch has a class for its own on a card, and only words elsewhere."""
+    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in words)
 
 
 def global_norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -33,7 +33,9 @@ class Question:
     prompt_ids: tuple[int, ...]
     prompt: str
     reference: str
-    reference_tokens: int
+    reference_ids: tuple[int, ...]
+    """With what ends the turn."""
+    place: str
 
 
 def questions(examples: Examples, reader: Reader) -> tuple[Question, ...]:
@@ -58,18 +60,19 @@ def questions(examples: Examples, reader: Reader) -> tuple[Question, ...]:
                 prompt_ids=tuple(prompt),
                 prompt=str(decode(prompt)),
                 reference=str(decode(reference, skip_special_tokens=True)),
-                reference_tokens=len(reference),
+                reference_ids=tuple(reference),
+                place=examples.places[index],
             )
         )
     if not found:
-        remedy = "Leave --generate out: there is nothing to ask."
+        remedy = "Leave --generate, --pattern and --choices out: there is nothing to ask."
         raise DataError("no row has a prompt and a whole answer", remedy=remedy)
     return tuple(found)
 
 
 def answer_limit(asked: Sequence[Question]) -> int:
     """Tokens that suffice for every reference and half as much again."""
-    return min(LONGEST_ANSWER, max(8, int(1.5 * max(question.reference_tokens for question in asked))))
+    return min(LONGEST_ANSWER, max(8, int(1.5 * max(len(question.reference_ids) for question in asked))))
 
 
 def answer_all(
@@ -79,9 +82,14 @@ def answer_all(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
+    padded: bool = False,
     progress: Callable[[int, int], None],
 ) -> list[Generated]:
-    """An answer to each prompt, in order; one that would run past the model's positions is cut there."""
+    """An answer to each prompt, in order; one that would run past the model's positions is cut there.
+
+    Args:
+        padded: let prompts of neighbouring lengths share a batch, where the model keeps padding apart.
+    """
     by_limit: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         room = sampling.max_new_tokens
@@ -101,6 +109,7 @@ def answer_all(
             [prompts[index] for index in indices],
             reader.stop_token_ids,
             replace(sampling, max_new_tokens=room),
+            padded=padded and loaded.computation.packing != "single",
             progress=report,
         )
         answers.update(zip(indices, batch, strict=True))

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_cli.evaluate.overlap import chrf, overlap_is_measured, rouge_l
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
 _NOTHING = object()
@@ -29,15 +31,23 @@ class Marks:
     """1 or 0"""
 
 
-def mark(answers: Sequence[str], references: Sequence[str], ended: Sequence[bool]) -> tuple[Marks, ...]:
-    """Every measure that speaks of these references; those of JSON only where a reference is a JSON object or list."""
+def mark(
+    answers: Sequence[str], references: Sequence[str], ended: Sequence[bool], pattern: re.Pattern[str] | None = None
+) -> tuple[Marks, ...]:
+    """Every measure that speaks of these references; those of JSON only where a reference is a JSON object or list.
+
+    Args:
+        ended: whether the model ended the answer by itself.
+        pattern: what to find in answer and reference; questions in whose reference it isn't found don't count.
+    """
     pairs = list(zip(answers, references, strict=True))
     everywhere = np.ones(len(pairs))
     found = [
         Marks("exact_match", _numbers(exact(*pair) for pair in pairs), everywhere),
         Marks("normalised_match", _numbers(normalised(a) == normalised(r) for a, r in pairs), everywhere),
-        Marks("ended_by_itself", _numbers(ended), everywhere),
     ]
+    if overlap_is_measured():
+        found += [Marks("rouge_l", rouge_l(pairs), everywhere), Marks("chrf", chrf(pairs), everywhere)]
     structured = _numbers(_structure(reference) is not _NOTHING for reference in references)
     if structured.any():
         valid = _numbers(_structure(answer) is not _NOTHING for answer in answers)
@@ -46,7 +56,12 @@ def mark(answers: Sequence[str], references: Sequence[str], ended: Sequence[bool
             Marks("valid_json", valid * structured, structured),
             Marks("matching_fields", fields * structured, structured),
         ]
-    return tuple(found)
+    if pattern is not None:
+        wanted = [extract(pattern, reference) for reference in references]
+        counted = _numbers(text is not None for text in wanted)
+        same = _numbers(extract(pattern, answer) == text for answer, text in zip(answers, wanted, strict=True))
+        found.append(Marks("pattern_match", same * counted, counted))
+    return (*found, Marks("ended_by_itself", _numbers(ended), everywhere))
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -58,6 +73,15 @@ def normalised(text: str) -> str:
     """Without case, punctuation, and differences of white space and Unicode form."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(_PUNCTUATION.sub(" ", folded).split())
+
+
+def extract(pattern: re.Pattern[str], text: str) -> str | None:
+    """What a pattern finds first in a text: its first group where it has one, else the whole match."""
+    match = pattern.search(text)
+    if match is None:
+        return None
+    found: str | None = match[1] if pattern.groups else match[0]
+    return None if found is None else found.strip()
 
 
 def matching_fields(answer: str, reference: str) -> float:
@@ -87,5 +111,5 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (one == other and json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True))
 
 
-def _numbers(values: Any) -> NDArray[np.float64]:
+def _numbers(values: Iterable[Any]) -> NDArray[np.float64]:
     return np.array([float(value) for value in values])

@@ -5,32 +5,30 @@ Knows how a target becomes a model on a device; knows nothing about rows or figu
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lora_cli.config import Config
-from lora_cli.engine.assembly import causal_lm, leave_casting_to_autocast, load_model, make_computation
+from lora_cli.engine.assembly import load_model, make_computation
 from lora_cli.engine.computation import Computation
+from lora_cli.engine.generation import Sampling
 from lora_cli.engine.planning import AUTO_MICRO_BATCH_TOKENS
-from lora_cli.engine.provenance import base_has_changed
 from lora_cli.engine.selftest import prove_run
-from lora_cli.errors import ModelError
-from lora_cli.evaluate.target import Target
-from lora_cli.model.adapter import check_adapter_folder
+from lora_cli.engine.trained import Target, adapter_folder, check_same_base, is_adapter
+from lora_cli.engine.wearing import Piece, read_names, worn
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
 from lora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
-from lora_cli.model.weights import describe_quantization
+from lora_cli.model.weights import check_weight_files, describe_quantization
 from lora_cli.report.events import Emit, Warned, Working
+from lora_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -47,6 +45,13 @@ class Reader:
     position_limit: int | None
     """Tokens that the model has positions for, where config.json says."""
 
+    def fitting(self, sampling: Sampling, prompt_tokens: int) -> Sampling:
+        """`sampling`, with an answer that ends where the model's positions do."""
+        if self.position_limit is None:
+            return sampling
+        room = max(1, min(sampling.max_new_tokens, self.position_limit - prompt_tokens))
+        return replace(sampling, max_new_tokens=room)
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -62,29 +67,56 @@ class Loaded:
     def precision(self) -> str:
         return describe_quantization(self.config.model.quantization) or dtype_name(self.computation.dtype)
 
+    def precision_of(self, result: Path) -> str:
+        """At what precision base and result are compared: a merged model runs in the weights that it has."""
+        if self.config.model.quantization is None or is_adapter(result):
+            return self.precision
+        return f"{self.precision}; the model in {dtype_name(self.computation.dtype)}"
+
     @contextmanager
     def trained(self, result: Path) -> Iterator[PreTrainedModel]:
         """The base with the adapter in `result` on it, or the whole model there, if it was trained in full.
 
         Afterwards the base is as it was.
         """
-        if not (result / "adapter_config.json").is_file():
+        if not is_adapter(result):
             yield self._whole(result)
             return
-        model = _attach(self.base, result)
-        if self.computation.dtype != torch.float32:
-            leave_casting_to_autocast(model)
-        try:
-            yield causal_lm(model)
-        finally:
-            model.unload()
+        with worn(self.base, [Piece(result)], self.computation.dtype) as model:
+            yield model
 
     def _whole(self, folder: Path) -> PreTrainedModel:
-        named = {"name_or_path": str(folder), "revision": None}
+        named = {"name_or_path": str(folder), "revision": None, "quantization": None}
         config = self.config.model_copy(update={"model": self.config.model.model_copy(update=named)})
         model = load_model(config, read_architecture(config.model), self.computation, self.device)
         self.computation.prepare(model)
         return model
+
+
+def trained_folder(path: str) -> Path:
+    """What is judged beside the target: a run's result, an adapter, or a whole model such as a merged one.
+
+    Raises:
+        ModelError: nothing there can be used.
+    """
+    folder = Path(path).expanduser()
+    inner = RunFolder(folder).adapter_dir
+    whole = inner if inner.is_dir() else folder
+    if is_adapter(whole) or not (whole / "config.json").is_file():
+        return adapter_folder(path)
+    check_weight_files(whole)
+    return whole
+
+
+def check_results(results: Sequence[Path]) -> None:
+    """Look at every adapter's tensors, before weights of a base are read.
+
+    Raises:
+        ModelError: one is damaged, or not finite.
+    """
+    for folder in results:
+        if is_adapter(folder):
+            read_names(folder)
 
 
 def read_target(target: Target) -> Reader:
@@ -113,7 +145,7 @@ def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool =
     if not quantized:
         model = config.model.model_copy(update={"quantization": None})
         config = config.model_copy(update={"model": model})
-    _check_same_base(target)
+    check_same_base(target, Path(target.model.name_or_path).expanduser())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     architecture = read_architecture(config.model)
     emit(Working("proving packing and loss"))
@@ -131,45 +163,3 @@ def load_target(target: Target, reader: Reader, emit: Emit, *, quantized: bool =
     if device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)
     return Loaded(config, base, computation, device, tokens)
-
-
-def _check_same_base(target: Target) -> None:
-    folder = Path(target.config.model.name_or_path).expanduser()
-    if target.run is not None and base_has_changed(target.run, folder):
-        raise ModelError(
-            f"{folder.absolute()} isn't the base that {target.name} was trained on: its weights have changed",
-            remedy="Put the same revision back in its place.",
-        )
-
-
-def _attach(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter in `folder` on `base`.
-
-    Raises:
-        ModelError: it belongs to another base: PEFT would leave what doesn't match at random, or out.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    check_adapter_folder(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(base, str(folder))
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise ModelError(
-            f"{folder.absolute()} doesn't fit its base: {str(error).strip().splitlines()[0]}",
-            remedy="The adapter was trained on another model; adapter_config.json names its base.",
-        ) from error
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    strange = sorted(expected ^ saved, key=lambda name: ("lora_" not in name, name))
-    if strange and "lora_" in strange[0]:
-        where = "the file lacks" if strange[0] in expected else "the base has no place for"
-        model.unload()
-        raise ModelError(
-            f"{folder.absolute()} doesn't fit its base: {where} {strange[0]}",
-            remedy="The adapter was trained on another model; adapter_config.json names its base.",
-        )
-    return model

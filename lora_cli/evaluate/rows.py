@@ -9,18 +9,20 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from lora_cli.config import Config, DataConfig, Source
+from lora_cli.config.document import read_document
 from lora_cli.data.examples import Examples, PickedPlaces
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import shuffled
+from lora_cli.engine.trained import Target
 from lora_cli.errors import DataError, UserError
 from lora_cli.evaluate.models import Reader
-from lora_cli.evaluate.target import Target
 from lora_cli.report.events import Emit, Working
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class EvaluationRows:
     name: str
     """A source, `validation` or `train`."""
     examples: Examples
+    sources: tuple[Source, ...]
+    """Where they come from."""
     supervised_bytes: NDArray[np.float64]
     """[N], UTF-8 bytes of each row's supervised text, stop tokens left out"""
     warnings: tuple[str, ...]
@@ -73,25 +77,71 @@ def load_rows(target: Target, reader: Reader, data: str | None, *, limit: int | 
         raise UserError(f"{target.name} is an adapter without its run", remedy="Name rows with --data.")
     warnings: tuple[str, ...] = ()
     if data is not None:
-        name = data
+        sources = named_sources(data)
+        name = ", ".join(source.path for source in sources)
         own = _limited_to_positions(config.data, reader) if target.bare else config.data
-        examples, _ = load(own.model_copy(update={"train": (Source(path=data),), "validation": None}))
-        if not target.bare:
-            warnings = _overlap(examples, config, load)
+        try:
+            examples, _ = load(own.model_copy(update={"train": sources, "validation": None}))
+        except DataError as error:  # the rows stand where a config has those to train on
+            message = error.message.replace("data.train:", f"--data {data}:", 1)
+            raise DataError(message, remedy=error.remedy) from error
     else:
         train, validation = load(config.data)
         name, examples = ("train", train) if validation is None else ("validation", validation)
-        warnings = (_TRAINED_ON,) if validation is None else ()
+        named = config.data.validation
+        sources = named if isinstance(named, tuple) else config.data.train
+    left_out = _left_out(examples)
     if limit is not None and limit < len(examples):
         examples = _pick(examples, np.sort(shuffled(len(examples), seed)[:limit]))
-    warnings = (*warnings, *_left_out(examples), *examples.account.warnings)
-    return EvaluationRows(name, examples, supervised_bytes(examples, reader.tokenizer), warnings)
+    if name == "train" and data is None:
+        warnings = (_TRAINED_ON,)
+    elif data is None:
+        warnings = _among(examples, train)
+    elif not target.bare:
+        warnings = _overlap(examples, config, load)
+    warnings = (*warnings, *left_out, *examples.account.warnings)
+    return EvaluationRows(name, examples, sources, supervised_bytes(examples, reader.tokenizer), warnings)
+
+
+def named_sources(data: str) -> tuple[Source, ...]:
+    """What `--data` names: a path or a hub id, or as in a config `{path: ..., split: ...}` or a list of these.
+
+    Raises:
+        UserError: it is no source.
+    """
+    value: Any = data
+    if data.lstrip().startswith(("{", "[")) and not Path(data).exists():
+        read = read_document(data, None)
+        value = read.value
+        if read.problems:
+            raise _no_source(data, read.problems[0].message)
+    try:
+        return DataConfig.model_validate({"train": value}).train
+    except ValidationError as error:
+        raise _no_source(data, _wrong(error)) from error
+
+
+def _no_source(data: str, wrong: str) -> UserError:
+    remedy = "Such as --data test.jsonl, or --data '{path: org/name, split: test}', or a list of these."
+    return UserError(f"--data {data or repr(data)}: {wrong}", remedy=remedy)
+
+
+def _wrong(error: ValidationError) -> str:
+    """The first mistake, in our words where pydantic's speak of Python."""
+    first = error.errors()[0]
+    key = ".".join(str(step) for step in first["loc"][1:] if isinstance(step, str))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; the keys are {', '.join(Source.model_fields)}"
+    if first["type"] in ("too_short", "string_too_short"):
+        return f"{key or 'it'} is empty"
+    return f"{key}: {first['msg']}" if key else str(first["msg"])
 
 
 def rows_name(name: str) -> str:
     """`test` for `data/test.jsonl`: what the folder of an evaluation is called."""
-    stem = Path(name).name.split(".")[0] or "rows"
-    return "".join(character if character.isalnum() or character in "-_" else "-" for character in stem)
+    stems = [Path(one).name.split(".")[0] or "rows" for one in name.split(", ")]
+    stem = "+".join(stems) if len(stems) <= 3 else f"{stems[0]}+{len(stems) - 1}"
+    return "".join(character if character.isalnum() or character in "-_+" else "-" for character in stem)
 
 
 def supervised_bytes(examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float64]:
@@ -117,6 +167,11 @@ def _overlap(examples: Examples, config: Config, load: Load) -> tuple[str, ...]:
         train, _ = load(config.data)
     except DataError as error:
         return (f"can't tell whether these rows were trained on: {error.message}",)
+    return _among(examples, train)
+
+
+def _among(examples: Examples, train: Examples) -> tuple[str, ...]:
+    """A warning where rows have the same tokens as training rows, wherever they come from."""
     trained_on = set(_hashes(train))
     seen = [index for index, found in enumerate(_hashes(examples)) if found in trained_on]
     if not seen:

@@ -95,6 +95,25 @@ class AdaptedModel:
         except (NotImplementedError, RuntimeError, ValueError) as error:
             raise ModelError(f"{unit.name}: PEFT can't merge it: {str(error).splitlines()[0]}") from error
 
+    def merge_slice(self, unit: Unit, rows: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """Some rows of a plain linear layer's weight, merged; `own` holds what of lora_A and lora_B belongs to them.
+
+        `rows` is spent. Units may be merged at the same time by several threads, slices of one unit may not.
+        """
+        layer: Any = unit.module
+        put = [(layer.get_base_layer(), rows), *((getattr(layer, name)["default"], own[name]) for name in own)]
+        held = [owner._parameters["weight"] for owner, _ in put]
+        try:
+            for owner, value in put:
+                owner._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+            with torch.no_grad():
+                layer.merge(safe_merge=False, adapter_names=["default"])
+            layer.merged_adapters.clear()
+            return layer.get_base_layer().weight.data  # type: ignore[no-any-return]
+        finally:
+            for (owner, _), parameter in zip(put, held, strict=True):
+                owner._parameters["weight"] = parameter
+
     @contextmanager
     def filled(self, unit: Unit, base: Mapping[str, Tensor], device: str | torch.device = "cpu") -> Iterator[None]:
         """Within it, `unit` has real parameters: those of `base` and its own, in float32."""

@@ -1,8 +1,8 @@
 """The base's weights as parameters of the model, read one group at a time: as they are on disk, or as they were when
 a quantized run trained on them.
 
-For the latter each weight is quantized and dequantized again by bitsandbytes, the way that transformers loads it.
-Knows nothing about adapters.
+For the latter, unless they lie on disk packed, each weight is quantized and dequantized again by bitsandbytes, the way
+that transformers loads it. Knows nothing about adapters.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.config import ModelConfig, QuantizationConfig
-from lora_cli.errors import ModelError
 from lora_cli.merge.layout import Group, Layout, find_layout
+from lora_cli.merge.packed import gather_packed, quantization_on_disk
 from lora_cli.merge.shards import read_header
 from lora_cli.model.architecture import build_on_meta
 from lora_cli.model.weights import bitsandbytes_config, check_weight_files
@@ -75,6 +75,8 @@ class Base:
     layout: Layout
     quantized: Quantized | None
     """How the run saw it; None where it saw what lies on disk."""
+    packed: str | None = None
+    """How it lies on disk quantized: `nf4`, `int8`; None where it doesn't."""
 
     def read(self, group: Group, *, as_quantized: bool) -> dict[str, Tensor]:
         """The parameters of a group."""
@@ -91,18 +93,21 @@ def open_base(model: ModelConfig, folder: Path, config: PretrainedConfig, train_
     """The base in `folder`; nothing but headers is read. `train_dtype` is the run's, where it is known.
 
     Raises:
-        ModelError: weights that are missing, cut short, pickled, quantized on disk, or of another model.
+        ModelError: weights that are missing, cut short, pickled, quantized on disk by other than bitsandbytes, or of
+            another model.
     """
-    _refuse_prequantized(model, config)
+    packed = quantization_on_disk(config, model.name_or_path)
     check_weight_files(folder)
     stored = [tensor for file in weight_files(folder) for tensor in read_header(file)]
     on_meta = build_on_meta(config, trust_remote_code=model.trust_remote_code)
+    if packed is not None:
+        stored = gather_packed(stored, on_meta)
     layout = find_layout(on_meta, stored)
     quantized = None
-    if model.quantization is not None:
+    if model.quantization is not None and packed is None:
         dtype = train_dtype or torch.bfloat16
         quantized = Quantized(model.quantization, dtype, _quantized_parameters(model, config, dtype))
-    return Base(folder, config, on_meta, layout, quantized)
+    return Base(folder, config, on_meta, layout, quantized, packed)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -131,15 +136,3 @@ def _quantized_parameters(model: ModelConfig, config: PretrainedConfig, dtype: t
         name: module for name, module in replaced.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
     }
     return {f"{name}.weight": issubclass(module.source_cls, Conv1D) for name, module in packed.items()}
-
-
-def _refuse_prequantized(model: ModelConfig, config: PretrainedConfig) -> None:
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    settings = found if isinstance(found, dict) else found.to_dict()
-    raise ModelError(
-        f"{model.name_or_path} lies on disk quantized by {settings.get('quant_method', 'an unknown method')}: "
-        "a sum can't be written back into packed weights",
-        remedy="Merge into the 16-bit version of the model, or serve the adapter unmerged.",
-    )

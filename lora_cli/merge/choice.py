@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_cli.errors import UserError
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
+from lora_cli.merge.merger import Merger
 from lora_cli.merge.result import BaseChoice, ChosenBase
-from lora_cli.merge.streaming import Merger
 from lora_cli.merge.verification import Stage, distance
 from lora_cli.merge.work import plan_work
 
@@ -30,6 +30,13 @@ def choose_base(
     Raises:
         UserError: quantized weights are asked for, and the run had none.
     """
+    if base.packed is not None:
+        if asked == "original":
+            raise UserError(
+                f"--base original: {base.folder.absolute()} itself lies on disk in {base.packed}; it has no others",
+                remedy="Leave --base away: the weights that it was trained on can be unpacked exactly.",
+            )
+        return ChosenBase("quantized", f"its {base.packed} weights on disk, unpacked as in training"), None
     if base.quantized is None:
         if asked == "quantized":
             raise UserError(

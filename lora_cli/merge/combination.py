@@ -7,7 +7,6 @@ the base stands in with weights that take no room.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
@@ -18,17 +17,18 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lora_cli.engine.trained import Target, find_target, split_weight
 from lora_cli.errors import ModelError, UserError
 from lora_cli.merge.placing import WEIGHTS, lay_over, read_adapter
 from lora_cli.merge.result import CombinedAdapter, Method
 from lora_cli.merge.staging import check_free, commit, copy_tokenizer, staged
-from lora_cli.merge.target import Target, find_target
 from lora_cli.model.architecture import build_on_meta, read_architecture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-NEEDS_DENSITY = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+NEEDS_DENSITY = ("ties", "dare", "magnitude_prune")
+"""How the names of those methods begin."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,39 @@ def find_weighted(texts: Sequence[str]) -> list[Weighted]:
     """
     found = []
     for text in texts:
-        path, weight = _split(text)
-        found.append(Weighted(find_target(path), weight))
+        path, weight = split_weight(text)
+        found.append(Weighted(find_adapter(path), weight))
     first = found[0].target
     for other in found[1:]:
         if other.target.model.name_or_path != first.model.name_or_path:
             raise ModelError(
-                f"{other.target.adapter} belongs to {other.target.model.name_or_path}, "
-                f"{first.adapter} to {first.model.name_or_path}: adapters of two bases can't be combined"
+                f"{other.target.result} belongs to {other.target.model.name_or_path}, "
+                f"{first.result} to {first.model.name_or_path}: adapters of two bases can't be combined"
             )
         if other.target.model.quantization != first.model.quantization:
-            raise ModelError(f"{other.target.adapter} saw its base quantized otherwise than {first.adapter} did")
+            raise ModelError(f"{other.target.result} saw its base quantized otherwise than {first.result} did")
     return found
 
 
-def combine(parts: Sequence[Weighted], method: Method, density: float | None, folder: Path) -> Target:
+def find_adapter(text: str) -> Target:
+    """The adapter that `text` names; what its run noted goes before a config that may have changed since.
+
+    Raises:
+        UserError: there is no such thing, or nothing in it to merge.
+    """
+    found = find_target(text)
+    if found.run is not None and Path(text).expanduser().is_file():
+        found = find_target(found.run.path)
+    if found.config.adapter is None:
+        raise UserError(
+            f"{text} is a run of full fine-tuning (adapter: null)",
+            remedy=f"There is nothing to merge: {found.result.absolute()} is the whole model.\n"
+            f"To make an adapter of it: lora extract {text} --rank 16 --output DIR",
+        )
+    return found
+
+
+def combine(parts: Sequence[Weighted], method: str, density: float | None, folder: Path) -> Target:
     """The target whose adapter is the combination of `parts`; it is written to `folder`.
 
     Raises:
@@ -69,7 +87,7 @@ def combine(parts: Sequence[Weighted], method: Method, density: float | None, fo
     """
     if method not in get_args(Method):
         raise UserError(f"--method {method} is not one of {', '.join(get_args(Method))}")
-    if method in NEEDS_DENSITY and (density is None or not 0 < density <= 1):
+    if method.startswith(NEEDS_DENSITY) and (density is None or not 0 < density <= 1):
         raise UserError(f"--method {method} needs --density, the share of values to keep, such as 0.5")
     first = parts[0].target
     architecture = read_architecture(first.model)
@@ -77,13 +95,14 @@ def combine(parts: Sequence[Weighted], method: Method, density: float | None, fo
     for part in parts:
         _check_plain(part.target)
         on_meta = build_on_meta(architecture, trust_remote_code=first.model.trust_remote_code)
-        copied |= lay_over(on_meta, part.target.adapter).copies.keys()
+        copied |= lay_over(on_meta, part.target.result).copies.keys()
     _write(parts, architecture, copied, method, density, folder)
-    return replace(first, adapter=folder, combination=describe(parts, method))
+    copy_tokenizer(first.result, folder)
+    return replace(first, result=folder)
 
 
 def combine_adapters(
-    targets: Sequence[str], output: Path, *, method: Method = "cat", density: float | None = None
+    targets: Sequence[str], output: Path, *, method: str = "cat", density: float | None = None
 ) -> CombinedAdapter:
     """Several adapters, each as TARGET or TARGET:WEIGHT, as one adapter in `output`.
 
@@ -92,35 +111,34 @@ def combine_adapters(
     """
     check_free(output)
     parts = find_weighted(targets)
-    size = sum((part.target.adapter / WEIGHTS).stat().st_size for part in parts)
+    size = sum((part.target.result / WEIGHTS).stat().st_size for part in parts)
     with staged(output, size) as folder:
         combine(parts, method, density, folder)
-        copy_tokenizer(parts[0].target.tokenizer, folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, which names local paths
         config, _ = read_adapter(folder)
         commit(folder, output)
     return CombinedAdapter(str(output), describe(parts, method), config.r)
 
 
-def describe(parts: Sequence[Weighted], method: Method) -> str:
+def describe(parts: Sequence[Weighted], method: str) -> str:
     """`cat of docs x 0.7, chat x 0.3`"""
-    return f"{method} of " + ", ".join(f"{part.target.name} x {part.weight:g}" for part in parts)
+    return f"{method} of " + ", ".join(f"{part.target.title} x {part.weight:g}" for part in parts)
 
 
 def _write(
     parts: Sequence[Weighted],
     architecture: PretrainedConfig,
     copied: Set[str],
-    method: Method,
+    method: str,
     density: float | None,
     folder: Path,
 ) -> None:
     model: Any = None
     names = [f"part{number}" for number in range(len(parts))]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         for name, part in zip(names, parts, strict=True):
-            path = str(part.target.adapter)
+            path = str(part.target.result)
             if model is None:
                 base = build_on_meta(architecture, trust_remote_code=part.target.model.trust_remote_code)
                 model = PeftModel.from_pretrained(_weightless(base, copied), path, adapter_name=name)
@@ -129,6 +147,7 @@ def _write(
             # The combination takes its settings from the first part, and PEFT has put its scaling into the weights.
             model.peft_config[name].use_rslora = False
         try:
+            torch.manual_seed(0)  # dare draws what it drops
             model.add_weighted_adapter(
                 names,
                 [part.weight for part in parts],
@@ -163,7 +182,7 @@ def _weightless(base: Any, copied: Set[str]) -> Any:
 
 def _check_plain(target: Target) -> None:
     """Refuse what a sum of low-rank products can't hold."""
-    config, _ = read_adapter(target.adapter)
+    config, _ = read_adapter(target.result)
     held = {
         "use_dora": config.use_dora,
         f"bias {config.bias!r}": config.bias != "none",
@@ -175,13 +194,6 @@ def _check_plain(target: Target) -> None:
     found = [name for name, there in held.items() if there]
     if found:
         raise ModelError(
-            f"{target.adapter.absolute()} was trained with {', '.join(found)}, which can't be combined",
+            f"{target.result.absolute()} was trained with {', '.join(found)}, which can't be combined",
             remedy="Merge it by itself.",
         )
-
-
-def _split(text: str) -> tuple[str, float]:
-    if Path(text).exists():
-        return text, 1.0
-    found = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
-    return (found[1], float(found[2])) if found else (text, 1.0)

@@ -1,4 +1,4 @@
-"""Memory that is used again instead of being handed back after each module, and a core left for the disk.
+"""Memory that is used again instead of being handed back after each module, and one thread of arithmetic per core.
 
 Every module of a model takes arrays of the same few sizes. The C library gets such large ones fresh from the system
 each time, which fills them with zeros page by page: three quarters of a merge's processor time, measured.
@@ -17,6 +17,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's numbers of the two settings."""
 _DEFAULT_BYTES = 128 * 2**10
 _NEVER_BYTES = 2**30
+_MOST_THREADS = 8
+"""More would only wait for the memory and the disk."""
 
 
 @contextmanager
@@ -39,11 +41,11 @@ def reused_memory() -> Iterator[None]:
 
 
 @contextmanager
-def core_to_spare() -> Iterator[None]:
-    """Within it, arithmetic leaves one core to the threads that write and flush."""
+def one_thread_each() -> Iterator[int]:
+    """Within it, arithmetic stays in the thread that asks for it; how many such threads there is a core for."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(threads, len(os.sched_getaffinity(0)) - 1)))
+    torch.set_num_threads(1)
     try:
-        yield
+        yield max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
     finally:
         torch.set_num_threads(threads)

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_cli.engine.trained import Target, check_same_base
 from lora_cli.errors import ModelError, UserError
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base, open_base
 from lora_cli.merge.card import merged_card
 from lora_cli.merge.choice import choose_base
-from lora_cli.merge.combination import combine, find_weighted
+from lora_cli.merge.combination import combine, describe, find_weighted
 from lora_cli.merge.placing import lay_over
-from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Method, Verification
+from lora_cli.merge.result import BaseChoice, ChosenBase, MergeReport, Verification
 from lora_cli.merge.rows import rows_for
 from lora_cli.merge.staging import accompany, check_free, commit, set_aside, staged
 from lora_cli.merge.streaming import Written, write_merged
-from lora_cli.merge.target import Target, base_folder, check_same_base
 from lora_cli.merge.verification import Stage, verify
 from lora_cli.merge.work import Work, plan_work
 from lora_cli.model.architecture import read_architecture
 from lora_cli.model.dtypes import dtype_name
+from lora_cli.model.hub import model_folder
 from lora_cli.report.events import Emit, Warned, Working, ignore
 from lora_cli.runs.atomic import write_text
 
@@ -47,7 +48,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = True,
-    method: Method = "cat",
+    method: str = "cat",
     density: float | None = None,
     emit: Emit = ignore,
 ) -> MergeReport:
@@ -68,15 +69,16 @@ def merge(
     emit(Working("reading the adapter and the headers of the base"))
     parts = find_weighted(targets)
     with ExitStack() as stack:
-        target = parts[0].target
+        target, made_of = parts[0].target, ""
         if len(parts) > 1 or parts[0].weight != 1.0:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="lora-merge-")))
-            target = combine(parts, method, density, folder)
-        return _merge(target, output, base, wanted, limit, verify, emit)
+            target, made_of = combine(parts, method, density, folder), f"{describe(parts, method)}; "
+        return _merge(target, made_of, output, base, wanted, limit, verify, emit)
 
 
 def _merge(
     target: Target,
+    made_of: str,
     output: Path,
     base: BaseChoice | None,
     wanted: torch.dtype | None,
@@ -85,7 +87,7 @@ def _merge(
     emit: Emit,
 ) -> MergeReport:
     source = _open(target)
-    adapted = lay_over(source.model, target.adapter)
+    adapted = lay_over(source.model, target.result)
     _check_copies(source, adapted)
     warnings = adapted.idle()
     for text in warnings:
@@ -101,7 +103,7 @@ def _merge(
         written = write_merged(work, source, adapted, folder, max_shard_bytes=limit, emit=emit)
         _check_coverage(adapted, written)
         named = None if wanted is None else dtype_name(wanted)
-        accompany(folder, source.folder, target.tokenizer, unties=work.unties, dtype=named)
+        accompany(folder, source.folder, target.result, unties=work.unties, dtype=named)
         seconds, peak = time.monotonic() - began, _peak_memory_bytes()
         reference = trained if chosen.base == "quantized" else None
         del trained
@@ -110,7 +112,7 @@ def _merge(
             check = _verify(stage, work, adapted, folder, reference)
         report = _report(output, work, written, chosen, check, seconds, peak, tuple(warnings))
         report = replace(report, warnings=report.warnings + tuple(_doubts(report, emit)))
-        write_text(folder / "README.md", merged_card(target, report, _settings(target, adapted)))
+        write_text(folder / "README.md", merged_card(target, report, made_of + _settings(adapted)))
         if report.problem is None:
             commit(folder, output)
             return report
@@ -118,7 +120,7 @@ def _merge(
 
 
 def _open(target: Target) -> Base:
-    folder = base_folder(target.model)
+    folder = model_folder(target.model)
     config = read_architecture(target.model)
     check_same_base(target, folder)
     trained_in = target.model.dtype
@@ -211,11 +213,10 @@ def _doubts(report: MergeReport, emit: Emit) -> list[str]:
     return found
 
 
-def _settings(target: Target, adapted: AdaptedModel) -> str:
+def _settings(adapted: AdaptedModel) -> str:
     config = adapted.config
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    made = f"{target.combination}; " if target.combination else ""
-    return f"{made}{kind}, r {config.r}, alpha {config.lora_alpha}, {len(adapted.units)} modules"
+    return f"{kind}, r {config.r}, alpha {config.lora_alpha}, {len(adapted.units)} modules"
 
 
 def _parse_size(text: str) -> int:

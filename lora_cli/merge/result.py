@@ -6,7 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 BaseChoice = Literal["original", "quantized"]
-Method = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+Method = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,61 @@ class CombinedAdapter:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A layer of an extracted adapter."""
+
+    name: str
+    rank: int
+    error: float
+    """What the product misses of the layer's change, relative to that change (Frobenius norms)."""
+    change: float
+    """The layer's change, relative to the base's weight."""
+    norm: float
+    """The layer's change itself (Frobenius norm)."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near the base, and base + adapter, are to the tuned model on text. KL in nats per position."""
+
+    rows: str
+    positions: int
+    kl_base: float
+    kl_adapter: float
+    top1_base: float
+    top1_adapter: float
+    loss_tuned: float
+    loss_base: float
+    loss_adapter: float
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `lora extract` did."""
+
+    output: str
+    rank: int
+    modules: tuple[Explained, ...]
+    """Layers that changed; those that didn't are not in the adapter."""
+    saved_whole: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """Tensors that changed and that the adapter doesn't hold."""
+    num_bytes: int
+    likeness: Likeness | None
+    """None when the numbers were not asked for."""
+
+    @property
+    def error(self) -> float:
+        """Over all layers: what is missed of the change, relative to it."""
+        total = sum(module.norm**2 for module in self.modules)
+        missed = sum((module.error * module.norm) ** 2 for module in self.modules)
+        return float((missed / total) ** 0.5) if total else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "error": self.error}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from lora_cli.data.examples import Examples
 from lora_cli.data.loading import load_examples
+from lora_cli.engine.trained import Target
 from lora_cli.errors import DataError, ModelError
-from lora_cli.merge.target import Target
 from lora_cli.model.tokenizer import load_tokenizer, stop_tokens
 from lora_cli.report.events import Emit, Warned
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MOST_POSITIONS = 2048
-_LOGIT_BYTES = 96 * 2**20
+_LOGIT_BYTES = 64 * 2**20
 """For one pass; two passes are held at a time."""
 _LONGEST = 256
 _SHORTEST = 16
@@ -92,7 +92,7 @@ def _random(budget: int, longest: int, vocabulary: int, why: str, emit: Emit) ->
 def _validation(
     target: Target, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, emit: Emit
 ) -> Examples | None:
-    if target.config is None or target.config.data.validation is None:
+    if target.bare or target.config.data.validation is None:
         return None
     stops = stop_tokens(tokenizer, config, target.model)
     try:

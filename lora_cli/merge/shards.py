@@ -1,7 +1,7 @@
-"""Safetensors files byte by byte: what tensors they hold and where, read one at a time, written in one pass.
+"""Safetensors files byte by byte: what tensors they hold and where, read in parts, written to places known beforehand.
 
-A shard is read front to back and never mapped, so that memory is one tensor, and a tensor that stays as it is never
-becomes one at all: the kernel copies its bytes from file to file. Knows nothing about models.
+A shard is never mapped, so that memory is what is being worked on, and a tensor that stays as it is never becomes one
+at all: the kernel copies its bytes from file to file. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LARGEST_HEADER = 100_000_000
 """Bytes; the safetensors library refuses larger ones, too."""
-_FLUSH_EVERY = 128 * 2**20
-"""Bytes after which a flush begins, so that the last one finds little left to do."""
+_CHUNK = 32 * 2**20
+"""Bytes that the kernel copies at a time."""
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What it says where it can't: from one file system to another, on an old kernel, on some network drives."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,34 @@ class StoredTensor:
     offset: int
     num_bytes: int
 
+    @property
+    def packed(self) -> bool:
+        """Whether its bytes are something else than its numbers."""
+        return False
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        return self.dtype
+
     def read(self) -> Tensor:
         """Its values, in memory of their own."""
         if self.num_bytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         tensor = torch.empty(self.num_bytes, dtype=torch.uint8)
         with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            _read_into(file, tensor.numpy().data, self.file)
+            self.read_bytes(file.fileno(), 0, tensor)
         return tensor.view(self.dtype).view(self.shape)
+
+    def read_bytes(self, descriptor: int, start: int, into: Tensor) -> None:
+        """Its bytes from `start` on, from its open file into a flat uint8 tensor."""
+        view = into.numpy().data
+        offset = self.offset + start
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if not count:
+                raise _cut_short(self.file)
+            view, offset = view[count:], offset + count
 
     def announce(self) -> None:
         """Let the system read ahead."""
@@ -124,89 +145,80 @@ class Slot:
         return byte_size(self.dtype, self.shape)
 
 
-class ShardWriter:
-    """One safetensors file, written front to back: the header first, as every size is known, then its tensors."""
+class ShardFile:
+    """One safetensors file that is filled in any order: as every size is known, so is every place.
 
-    def __init__(self, path: Path, slots: Iterable[Slot], flush: Callable[[int], None]) -> None:
-        """`flush` is given the file's descriptor now and then, to begin writing out what was written so far."""
+    Several threads may write at a time, each to places of its own.
+    """
+
+    def __init__(self, path: Path, slots: Iterable[Slot]) -> None:
         self.path = path
-        self._slots = list(slots)
-        self._next = 0
-        self._flush = flush
-        self._unflushed = 0
+        self._closed = False
+        self._places: dict[str, tuple[Slot, int]] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for slot in self._slots:
+        for slot in slots:
             end = offset + slot.num_bytes
-            header[slot.name] = {
-                "dtype": _NAMES[slot.dtype],
-                "shape": list(slot.shape),
-                "data_offsets": [offset, end],
-            }
+            header[slot.name] = {"dtype": _NAMES[slot.dtype], "shape": list(slot.shape), "data_offsets": [offset, end]}
+            self._places[slot.name] = (slot, offset)
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # what follows stays aligned
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - it outlives this function
-        self._write(struct.pack("<Q", len(text)) + text)
-
-    def close(self) -> None:
-        """Flush and close the file; every tensor is in it."""
-        assert self._next == len(self._slots), f"{len(self._slots) - self._next} tensors were never written"
+        self._start = 8 + len(text)
         try:
-            os.fsync(self._file.fileno())
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise explain(error, self.path) from error
-        finally:
-            self._file.close()
+            raise explain(error, path) from error
+        self._write(struct.pack("<Q", len(text)) + text, 0)
 
-    def abandon(self) -> None:
-        """Close the file as it is; it will be thrown away."""
-        self._file.close()
+    def write(self, name: str, data: Tensor, at: int = 0) -> int:
+        """`data`, contiguous, `at` bytes into a tensor's place; how many bytes that were."""
+        slot, offset = self._places[name]
+        view = data.view(-1).view(torch.uint8).numpy().data
+        assert data.dtype == slot.dtype and at + len(view) <= slot.num_bytes, f"{name} is not as planned"
+        self._write(view, self._start + offset + at)
+        return len(view)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor."""
-        slot = self._take(name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (slot.dtype, slot.shape), f"{name} is not as planned"
-        if slot.num_bytes:
-            self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-    def copy(self, source: StoredTensor) -> None:
-        """The next tensor, byte for byte from another file."""
-        slot = self._take(source.name)
+    def copy(self, source: StoredTensor) -> int:
+        """A tensor's place, byte for byte from another file."""
+        slot, place = self._places[source.name]
         assert (source.dtype, source.shape) == (slot.dtype, slot.shape), f"{source.name} is not as planned"
-        left, offset = source.num_bytes, source.offset
+        left, offset, place = source.num_bytes, source.offset, self._start + place
         with open(source.file, "rb", buffering=0) as file:
             while left:
                 try:
-                    count = os.sendfile(self._file.fileno(), file.fileno(), offset, min(left, _FLUSH_EVERY))
+                    count = os.copy_file_range(file.fileno(), self.descriptor, min(left, _CHUNK), offset, place)
                 except OSError as error:
-                    raise explain(error, self.path) from error
+                    if error.errno not in _NO_KERNEL_COPY:
+                        raise explain(error, self.path) from error
+                    data = os.pread(file.fileno(), min(left, _CHUNK), offset)
+                    self._write(data, place)
+                    count = len(data)
                 if count == 0:
                     raise _cut_short(source.file)
-                left, offset = left - count, offset + count
-                self._written(count)
+                left, offset, place = left - count, offset + count, place + count
+        return source.num_bytes
 
-    def _take(self, name: str) -> Slot:
-        slot = self._slots[self._next]
-        assert slot.name == name, f"{name} was written where {slot.name} belongs"
-        self._next += 1
-        return slot
-
-    def _write(self, data: bytes | memoryview) -> None:
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
             try:
-                count = self._file.write(view[:_FLUSH_EVERY])
+                count = os.pwrite(self.descriptor, view, offset)
             except OSError as error:
                 raise explain(error, self.path) from error
-            view = view[count:]
-            self._written(count or 0)
+            view, offset = view[count:], offset + count
 
-    def _written(self, count: int) -> None:
-        self._unflushed += count
-        if self._unflushed >= _FLUSH_EVERY:
-            self._flush(self._file.fileno())
-            self._unflushed = 0
+    def close(self) -> None:
+        """Onto the disk, and closed; once."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            os.fdatasync(self.descriptor)
+        except OSError as error:
+            raise explain(error, self.path) from error
+        finally:
+            os.close(self.descriptor)
 
 
 def explain(error: OSError, path: Path) -> UserError:
@@ -217,14 +229,6 @@ def explain(error: OSError, path: Path) -> UserError:
             remedy="Nothing is left under the name asked for. Free some space, or give another --output.",
         )
     return UserError(f"{path.absolute()} can't be written: {error.strerror}")
-
-
-def _read_into(file: Any, view: memoryview, path: Path) -> None:
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise _cut_short(path)
-        view = view[count:]
 
 
 def _cut_short(path: Path) -> ModelError:

@@ -114,7 +114,7 @@ def copy_tokenizer(source: Path, stage: Path) -> None:
 
 def _adjusted(config: dict[str, Any], *, unties: bool, dtype: str | None) -> dict[str, Any]:
     """config.json as it holds for the merged weights; a language model inside another has settings of its own."""
-    adjusted = dict(config)
+    adjusted = {key: value for key, value in config.items() if key != "quantization_config"}
     inner = adjusted.get("text_config")
     if isinstance(inner, dict):
         tied_inside = {"tie_word_embeddings"} & inner.keys()

@@ -1,34 +1,35 @@
-"""The work of a merge, done: from the base's shards to new ones, one module in memory at a time.
+"""The work of a merge, done: from the base's shards to new ones, a few modules in memory at a time.
 
-The sum is taken in float32 and rounded once. Reading, arithmetic, writing and flushing overlap. Knows nothing about
-where the files go in the end.
+Every core has a worker that reads, sums, rounds and writes; the disk catches up beside them. Knows nothing about where
+the files go in the end.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
+from threading import Condition
 
 import torch
-from torch import Tensor
 
-from lora_cli.errors import ModelError
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
-from lora_cli.merge.heap import core_to_spare, reused_memory
-from lora_cli.merge.shards import ShardWriter, Slot
+from lora_cli.merge.heap import one_thread_each, reused_memory
+from lora_cli.merge.merger import Merger
+from lora_cli.merge.output import Output
+from lora_cli.merge.shards import Slot, byte_size
+from lora_cli.merge.slices import find_sliced
 from lora_cli.merge.work import Job, Work
 from lora_cli.report.events import Emit, Working
 from lora_cli.runs.atomic import write_json
 
 INDEX = "model.safetensors.index.json"
-_WAITING_WRITES = 1
-"""Tensors that may wait for the disk before the arithmetic waits for them."""
+_ROOM_BYTES = 256 * 2**20
+"""For the modules that are being merged as wholes; one that is larger has all of it to itself."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Written:
     shards: int
     used: frozenset[str]
     """Tensors of the adapter that went into it."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a job came to."""
+
+    num_bytes: int
+    changed: int
+    used: tuple[str, ...]
 
 
 def write_merged(
@@ -57,20 +67,11 @@ def write_merged(
     merger = Merger(base, adapted, as_quantized=work.as_quantized)
     changed = done = 0
     used: set[str] = set()
-    with reused_memory(), core_to_spare(), _Output(folder, shards) as output:
-        for job, following in zip_longest(work.jobs, work.jobs[1:]):
-            for stored in following.stored if following is not None else ():
-                stored.announce()
-            if job.as_they_are:
-                for stored in job.stored:
-                    output.put(stored.name, None, job)
-            else:
-                for name, (tensor, differs) in merger.run(job, merger.read(job)).items():
-                    changed += differs
-                    output.put(name, tensor, job)
-                used.update(name for unit in job.units for name in unit.tensors)
-                used.update(adapted.replaced[name] for name in merger.replaced(job))
-            done += job.num_bytes
+    with reused_memory(), one_thread_each() as threads, Output(folder, shards) as output:
+        for one in _in_parallel(work.jobs, threads, lambda job, room: _run(job, merger, output, room)):
+            changed += one.changed
+            used.update(one.used)
+            done += one.num_bytes
             emit(Working("merging", done, total, "bytes"))
     if len(shards) > 1:
         names = {slot.name: path for path, slots in shards.items() for slot in slots}
@@ -78,87 +79,69 @@ def write_merged(
     return Written(len(work.slots), changed, total, len(shards), frozenset(used))
 
 
-@dataclass(frozen=True)
-class Merger:
-    """Turns the base's parameters into merged ones."""
-
-    base: Base
-    adapted: AdaptedModel
-    as_quantized: bool
-
-    def read(self, job: Job) -> dict[str, Tensor]:
-        """The parameters of a job, as the base has them."""
-        found: dict[str, Tensor] = {}
-        for group in job.groups:
-            found |= self.base.read(group, as_quantized=self.as_quantized)
-        if job.parted is not None:
-            (value,) = found.values()
-            return {job.parted: value}
-        return found
-
-    def replaced(self, job: Job) -> list[str]:
-        return [name for group in job.groups for name in group.parameters if name in self.adapted.replaced]
-
-    def run(self, job: Job, parameters: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, bool]]:
-        """The tensors of a job as they are written, each with whether the adapter changed it."""
-        dtypes = {slot.name: slot.dtype for slot in job.slots}
-        of = {
-            name: dtypes[group.stored[0].name]
-            for group in job.groups
-            if job.parted is None
-            for name in group.parameters
-        }
-        rounded = {}
-        for name, value in self.merged(job, parameters).items():
-            rounded[name] = value.to(dtypes[name] if job.parted else of[name])
-            if rounded[name] is not parameters[name]:
-                _check_numbers(name, value, rounded[name], parameters[name])
-        if job.parted is not None:
-            return {job.parted: (rounded[job.parted], _differs(rounded[job.parted], parameters[job.parted]))}
-        outputs: dict[str, tuple[Tensor, bool]] = {}
-        for group in job.groups:
-            stored = group.to_stored({name: rounded[name] for name in group.parameters})
-            before = group.to_stored({name: parameters[name] for name in group.parameters})
-            for one in group.stored:
-                tensor = stored[one.name].to(dtypes[one.name])
-                outputs[one.name] = (tensor, _differs(tensor, before[one.name]))
-        return outputs
-
-    def merged(self, job: Job, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters of a job with the adapter in them, those that it changes in float32."""
-        merged = dict(parameters)
-        for unit in job.units:
-            base = {name: _single_precision(parameters[name]) for name in unit.reads}
-            merged |= self.adapted.merge(unit, base)
-        for name in self.replaced(job):
-            merged[name] = self.adapted.values[self.adapted.replaced[name]].float()
-        return merged if job.parted is None else {job.parted: merged[job.parted]}
+def _run(job: Job, merger: Merger, output: Output, room: _Room) -> _Done:
+    if job.as_they_are:
+        for stored in job.stored:
+            output.copy(stored)
+        return _Done(job.num_bytes, 0, ())
+    used = tuple(name for unit in job.units for name in unit.tensors)
+    sliced = find_sliced(job, merger)
+    if sliced is not None:
+        changed = sliced.merge(lambda part, at: output.write(sliced.stored.name, part, at))
+        return _Done(job.num_bytes, int(changed), used)
+    changed_tensors = 0
+    with room.taken(_weight(job)):
+        for name, (tensor, differs) in merger.run(job, merger.read(job)).items():
+            changed_tensors += differs
+            output.write(name, tensor.contiguous())
+    replaced = tuple(merger.adapted.replaced[name] for name in merger.replaced(job))
+    return _Done(job.num_bytes, changed_tensors, used + replaced)
 
 
-def _single_precision(tensor: Tensor) -> Tensor:
-    """In float32, in memory of its own: PEFT adds to it in place."""
-    return tensor.to(torch.float32, copy=True)
+def _in_parallel(jobs: Sequence[Job], threads: int, run: Callable[[Job, _Room], _Done]) -> Iterator[_Done]:
+    """What each job came to, as they end, in no order. The first failure ends all of it."""
+    room = _Room(_ROOM_BYTES)
+    with ThreadPoolExecutor(threads, "merge") as pool:
+        ahead: deque[Future[_Done]] = deque()
+        try:
+            for job in jobs:
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+                for stored in job.stored:
+                    stored.announce()
+                ahead.append(pool.submit(run, job, room))
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
-def _differs(tensor: Tensor, before: Tensor) -> bool:
-    return not torch.equal(tensor, before.to(tensor.dtype))
+class _Room:
+    """Memory that threads share out among themselves."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """Within it, `amount` bytes are taken; waits until there is room, or nobody else."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + amount <= self._limit)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
 
 
-def _check_numbers(name: str, exact: Tensor, rounded: Tensor, before: Tensor) -> None:
-    if not rounded.is_floating_point() or _finite(rounded):
-        return
-    if _finite(exact):
-        raise ModelError(
-            f"{name}: a merged value of {float(exact.abs().max()):g} doesn't fit {rounded.dtype}".replace("torch.", ""),
-            remedy="Give --dtype bfloat16 or float32.",
-        )
-    culprit = "the sum" if _finite(before) else "the base"
-    raise ModelError(f"{name}: {culprit} holds NaN or infinity")
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Without NaN and infinity. One pass that allocates nothing; isfinite() takes thirty times as long."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+def _weight(job: Job) -> int:
+    """About how many bytes a job holds at its peak: base, sum and delta in float32, and what is read and written."""
+    return sum(4 * byte_size(torch.float32, stored.shape) for stored in job.stored)
 
 
 def _shards(work: Work, max_shard_bytes: int) -> dict[str, list[Slot]]:
@@ -174,56 +157,3 @@ def _shards(work: Work, max_shard_bytes: int) -> dict[str, list[Slot]]:
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
     return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, start=1)}
-
-
-class _Output:
-    """The shards, written by a thread of their own and flushed by another."""
-
-    def __init__(self, folder: Path, shards: Mapping[str, list[Slot]]) -> None:
-        self._folder = folder
-        self._shards = iter(shards.items())
-        self._left = 0
-        self._shard: ShardWriter | None = None
-        self._writer = ThreadPoolExecutor(1, "write")
-        self._flusher = ThreadPoolExecutor(1, "flush")
-        self._writes: deque[Future[None]] = deque()
-        self._flushes: list[Future[None]] = []
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def put(self, name: str, tensor: Tensor | None, job: Job) -> None:
-        """The next tensor; None to copy the base's."""
-        while len(self._writes) >= _WAITING_WRITES:
-            self._writes.popleft().result()
-        self._writes.append(self._writer.submit(self._write, name, tensor, job))
-
-    def _write(self, name: str, tensor: Tensor | None, job: Job) -> None:
-        if self._left == 0:
-            file, slots = next(self._shards)
-            self._shard, self._left = ShardWriter(self._folder / file, slots, self._flush), len(slots)
-        assert self._shard is not None
-        if tensor is None:
-            self._shard.copy(next(one for one in job.stored if one.name == name))
-        else:
-            self._shard.write(name, tensor)
-        self._left -= 1
-        if self._left == 0:
-            self._flushes.append(self._flusher.submit(self._shard.close))
-
-    def _flush(self, descriptor: int) -> None:
-        self._flushes.append(self._flusher.submit(os.fdatasync, descriptor))
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                for write in self._writes:
-                    write.result()
-                for flush in self._flushes:
-                    flush.result()
-                assert self._left == 0, f"{self._left} tensors were never written"
-        finally:
-            self._writer.shutdown(cancel_futures=True)
-            self._flusher.shutdown(cancel_futures=True)
-            if kind is not None and self._shard is not None:
-                self._shard.abandon()

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_cli.engine.trained import Target
 from lora_cli.merge.adapter import AdaptedModel
 from lora_cli.merge.base import Base
 from lora_cli.merge.forward import Weights, adapted_logits, plain_logits, skeleton
 from lora_cli.merge.layout import Group
+from lora_cli.merge.merger import Merger
 from lora_cli.merge.placing import lay_over
 from lora_cli.merge.result import Distance, Verification
 from lora_cli.merge.rows import Rows
-from lora_cli.merge.streaming import Merger
-from lora_cli.merge.target import Target
 from lora_cli.merge.work import Job, Work
 from lora_cli.report.events import Emit, Working
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 FACTOR = 4.0
 _SUMMATION = 1e-5
 """Relative: what another order of summation may do in float32."""
+_FINEST = 2.0**-20
+"""Errors of weights are drawn no smaller than this, relative: sums in float32 differ by more than rounding one weight
+to float32 does, and a model that amplifies the one amplifies the other."""
 _CHUNK = 64
 """Positions compared at a time."""
 
@@ -70,7 +73,7 @@ class Stage:
         return self._valid(plain_logits(self._skeleton(base), weights, self._input_ids))
 
     def _adapted(self) -> AdaptedModel:
-        return lay_over(self._skeleton(self.base), self.target.adapter)
+        return lay_over(self._skeleton(self.base), self.target.result)
 
     def _skeleton(self, base: Base) -> PreTrainedModel:
         return skeleton(base.config, trust_remote_code=self.target.model.trust_remote_code, device=self.device)
@@ -206,7 +209,7 @@ def _noisy(weights: Weights, dtypes: Mapping[str, torch.dtype]) -> Weights:
         generator = torch.Generator().manual_seed(next(generators))
         error = torch.rand(value.shape, generator=generator).sub_(0.5)
         _, exponent = torch.frexp(value)
-        return value + torch.ldexp(error * torch.finfo(dtypes[name]).eps, exponent - 1)
+        return value + torch.ldexp(error * max(torch.finfo(dtypes[name]).eps, _FINEST), exponent - 1)
 
     return read
 

@@ -65,7 +65,7 @@ class Work:
             if job.parted is not None:
                 found[job.parted] = dtype
             for group in job.groups if dtype.is_floating_point and job.parted is None else ():
-                seen = base.quantized.dtype if self.as_quantized and base.quantized else group.stored[0].dtype
+                seen = base.quantized.dtype if self.as_quantized and base.quantized else group.stored[0].read_dtype
                 coarser = torch.finfo(dtype).eps > torch.finfo(seen).eps
                 found.update({name: dtype for name in group.parameters if coarser or name in written})
         return found
@@ -119,7 +119,8 @@ def _job(
     parameters = {name for group in groups for name in group.parameters}
     recast = any(_output_dtype(one, dtype) != one.dtype for group in groups for one in group.stored)
     seen_otherwise = as_quantized and base.quantized is not None
-    touched = bool(units) or recast or seen_otherwise or bool(parameters & adapted.replaced.keys())
+    packed = any(one.packed for group in groups for one in group.stored)
+    touched = bool(units) or recast or packed or seen_otherwise or bool(parameters & adapted.replaced.keys())
     return Job(groups, units, as_they_are=not touched, slots=slots)
 
 

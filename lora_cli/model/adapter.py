@@ -9,20 +9,25 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.bounds import OutOfBounds, bounded
 from lora_cli.config import AdapterConfig
 from lora_cli.errors import ModelError
 from lora_cli.model.parameters import kind_names
+from lora_cli.model.trust import refuse_adapter_settings, refuse_disguised, refuse_special_files
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from torch import nn
     from transformers import PreTrainedModel
+
+
+_CONFIG = "adapter_config.json"
 
 
 def attach_adapter(base: PreTrainedModel, adapter: AdapterConfig, *, seed: int) -> PeftModel:
@@ -34,14 +39,14 @@ def attach_adapter(base: PreTrainedModel, adapter: AdapterConfig, *, seed: int) 
         ModelError: targets that match nothing, or an adapter folder that can't be used.
     """
     import torch
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     torch.manual_seed(seed)
     with _without_conv1d_warning():
         if adapter.path is not None:
-            check_adapter_folder(Path(adapter.path))
-            model: PeftModel = PeftModel.from_pretrained(base, adapter.path, is_trainable=True)
+            model = _existing_adapter(base, Path(adapter.path))
         else:
+            refuse_endless_patterns(base, adapter.model_dump())
             check_targets(base, adapter)
             try:
                 model = get_peft_model(base, lora_config(base, adapter))
@@ -51,6 +56,48 @@ def attach_adapter(base: PreTrainedModel, adapter: AdapterConfig, *, seed: int) 
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return model
+
+
+def _existing_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    import torch
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    check_adapter_folder(folder)
+    settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    refuse_endless_patterns(base, settings)
+    try:
+        model: PeftModel = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{folder.absolute()}: the adapter can't be put on {type(base).__name__}: {first}",
+            remedy="It was made for another base, or its adapter_config.json was changed.",
+        ) from error
+    return model
+
+
+def refuse_endless_patterns(base: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Refuse regular expressions that take forever on the names of this model; PEFT matches them against each.
+
+    Raises:
+        ModelError: with the expression.
+    """
+    found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    found += [key for name in ("rank_pattern", "alpha_pattern") for key in settings.get(name) or ()]
+    for pattern in found:
+        if not isinstance(pattern, str):
+            continue
+        try:
+            with bounded():
+                for name, _ in base.named_modules():
+                    re.fullmatch(pattern, name)
+        except re.error as error:
+            raise ModelError(f"{pattern!r} is no regular expression: {error}") from error
+        except OutOfBounds as error:
+            raise ModelError(f"the adapter's expression {pattern!r} {error} to match against the model") from error
 
 
 def lora_config(base: PreTrainedModel, adapter: AdapterConfig) -> LoraConfig:
@@ -128,21 +175,23 @@ def check_adapter_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelError(f"no adapter folder {folder.absolute()}")
-    config = folder / "adapter_config.json"
+    refuse_special_files(folder)
+    config = folder / _CONFIG
     if not config.is_file():
         raise ModelError(f"{folder.absolute()} has no adapter_config.json")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{config.absolute()} is not JSON: {error}") from error
-    if settings.get("peft_type") != "LORA":
-        raise ModelError(f"{config.absolute()}: peft_type {settings.get('peft_type')!r} is not LORA")
-    if not (folder / "adapter_model.safetensors").is_file():
+    refuse_adapter_settings(settings, config)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise ModelError(
             f"{folder.absolute()} has no adapter_model.safetensors"
             + ("; adapter_model.bin is a pickle, which can run code when it is read" if pickled else "")
         )
+    refuse_disguised(weights)
 
 
 def linear_modules_outside_language_model(base: PreTrainedModel) -> list[str]:

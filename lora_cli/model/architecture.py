@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.config import ModelConfig
 from lora_cli.errors import ModelError
+from lora_cli.model.trust import refuse_config_settings, refuse_special_files
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,16 @@ def read_architecture(model: ModelConfig) -> PretrainedConfig:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name_or_path {name}: {config.model_type} is an encoder-decoder, not a causal LM")
     return config
+
+
+def code_left_out(model: ModelConfig, config: PretrainedConfig) -> list[str]:
+    """A warning, where a model brings code of its own and transformers' own classes are used instead."""
+    folder = Path(model.name_or_path).expanduser()
+    files = sorted(path.name for path in folder.glob("*.py")) if folder.is_dir() else []
+    if model.trust_remote_code or not (files or getattr(config, "auto_map", None)):
+        return []
+    named = f" ({', '.join(files[:3])})" if files else ""
+    return [f"{model.name_or_path} brings code of its own{named}, which is not run: transformers' classes are used"]
 
 
 def build_on_meta(
@@ -85,6 +96,7 @@ def _check_folder(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise ModelError(f"model.name_or_path: {folder.absolute()} is a file; give the folder that holds it")
+    refuse_special_files(folder)
     path = folder / "config.json"
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -98,8 +110,11 @@ def _check_folder(folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{path.absolute()} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path.absolute()} is nested too deeply to be a config") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path.absolute()} is not a JSON object")
+    refuse_config_settings(content, path)
 
 
 def _explain(error: Exception, model: ModelConfig) -> ModelError:

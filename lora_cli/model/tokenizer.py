@@ -56,7 +56,12 @@ def _generation_eos(model: ModelConfig) -> int | list[int] | None:
         path = folder / "generation_config.json"
         if not path.is_file():
             return None
-        value: int | list[int] | None = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            value: int | list[int] | None = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{path.absolute()} is not a JSON object: {error}") from error
+        if not all(isinstance(each, int) for each in (value if isinstance(value, list) else [value or 0])):
+            raise ModelError(f"{path.absolute()}: eos_token_id {value!r} is neither a number nor a list of numbers")
         return value
     from transformers import GenerationConfig
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_cli.config import ModelConfig, QuantizationConfig
 from lora_cli.errors import ModelError
+from lora_cli.model.trust import refuse_disguised, refuse_shard_names, refuse_special_files
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +26,9 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 
 def load_base(
-    model: ModelConfig, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype, attention: str
+    model: ModelConfig, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
-    """The base model on `device`, all parameters frozen.
+    """The base model on `device`, all parameters frozen. `attention` None is transformers' own choice.
 
     Unquantized weights come in `dtype`; quantized ones compute in it unless `compute_dtype` says otherwise.
 
@@ -138,25 +139,32 @@ def keep_packed_weights_unchanged(model: nn.Module) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Refuse a folder whose weights are pickled, incomplete or absent.
+    """Refuse a folder whose weights are pickled, in disguise or not, incomplete, elsewhere or absent.
 
     Raises:
         ModelError: with the name of the file that is missing or must not be opened.
     """
+    refuse_special_files(folder)
     index = folder / _INDEX
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            named = list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{index.absolute()} is not an index of shards") from error
+        refuse_shard_names(named, index)
+        shards = sorted(set(named))
         for shard in shards:
             if not (folder / shard).is_file():
                 raise ModelError(
                     f"{folder.absolute()}: shard {shard} is missing ({len(shards)} are named in {_INDEX})",
                     remedy="Copy or download it again; nothing was loaded.",
                 )
+            refuse_disguised(folder / shard)
         return
-    if any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        refuse_disguised(file)
+    if files:
         return
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickled:

@@ -26,8 +26,17 @@ class Measure:
     adapter: float
     difference: float
     low: float
-    """The 95 % interval of the difference, by a bootstrap over rows."""
+    """The 95 % interval of the difference: by a bootstrap over rows, or Newcombe's for what is yes or no in a row."""
     high: float
+
+    def as_json(self) -> dict[str, float]:
+        return {
+            "base": self.base,
+            "adapter": self.adapter,
+            "difference": self.difference,
+            "low": self.low,
+            "high": self.high,
+        }
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,28 @@ class RowChange:
     @property
     def difference(self) -> float:
         return self.adapter - self.base
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows that have one value in a column."""
+
+    name: str
+    rows: int
+    measures: tuple[Measure, ...]
+    """Loss first."""
+    better: int
+    worse: int
+    outcome: Outcome
+
+    @property
+    def loss(self) -> Measure:
+        return self.measures[0]
+
+    def as_json(self) -> dict[str, Any]:
+        counts = {"rows": self.rows, "rows_better": self.better, "rows_worse": self.worse}
+        measures = {measure.name: measure.as_json() for measure in self.measures}
+        return {"group": self.name, **counts, "outcome": self.outcome, **measures}
 
 
 @dataclass(frozen=True)
@@ -67,6 +98,10 @@ class Comparison:
     """The rows whose loss fell most."""
     lost: tuple[RowChange, ...]
     """The rows whose loss rose most."""
+    groups: tuple[Group, ...] = ()
+    """The same by the values of a column, where one was named."""
+    versus: Measure | None = None
+    """Its loss against that of the target's adapter, which stands as `base` here; None for that one itself."""
 
     @property
     def loss(self) -> Measure:
@@ -96,6 +131,8 @@ class Comparison:
             "verdict": self.verdict,
             "gained": [{**asdict(row), "difference": row.difference} for row in self.gained],
             "lost": [{**asdict(row), "difference": row.difference} for row in self.lost],
+            "groups": [group.as_json() for group in self.groups],
+            "versus_first": None if self.versus is None else self.versus.as_json(),
         }
 
 
@@ -108,10 +145,19 @@ class Demand:
     fail_if_worse: bool = False
 
     def is_met_by(self, comparison: Comparison) -> bool:
-        wanted = self.min_improvement
+        return self.unmet_by(comparison) is None
+
+    def unmet_by(self, comparison: Comparison) -> str | None:
+        """What is missing, in words."""
+        wanted, loss = self.min_improvement, comparison.loss
         if wanted is not None and not comparison.improvement >= wanted:
-            return False
-        return not (self.fail_if_worse and comparison.outcome == "worse")
+            if not math.isfinite(loss.difference):
+                return f"{wanted:g} nats of improvement were asked; the loss is not finite"
+            course = f"fell by {-loss.difference:.4f}" if loss.difference <= 0 else f"rose by {loss.difference:.4f}"
+            return f"{wanted:g} nats of improvement were asked; the loss {course}"
+        if self.fail_if_worse and comparison.outcome == "worse":
+            return f"the adapter is {comparison.verdict}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -133,6 +179,10 @@ class Evaluation:
     demand: Demand
     folder: Path | None
     """Where figures and rows were written."""
+    choices: tuple[str, ...] = ()
+    """What could be chosen from, where that was asked."""
+    base_kept: bool = False
+    """Whether the base's part is that of an earlier evaluation."""
 
     @property
     def meets_demand(self) -> bool:
@@ -147,6 +197,8 @@ class Evaluation:
                 "rows": self.rows,
                 "num_supervised_tokens": self.num_supervised_tokens,
                 "answers": self.answers,
+                "choices": list(self.choices),
+                "base_kept": self.base_kept,
                 **self.comparison.figures(),
                 "others": [{"adapter_folder": one.adapter, **one.figures()} for one in self.others],
                 "warnings": list(self.warnings),

@@ -147,7 +147,7 @@ def render_check(plan: Plan, width: int | None = None, *, cache: str = "") -> st
     findings.append(("ok", "plan", f"{steps}; {_engine(plan.engine)}"))
     if plan.memory is not None:
         findings.append(("ok" if plan.memory.fits else "no", "memory", _memory(plan.memory, plan.engine)))
-    enough = plan.writes.free_bytes > plan.writes.checkpoint_bytes
+    enough = plan.writes.free_bytes > max(plan.writes.checkpoint_bytes, plan.writes.peak_bytes)
     findings.append(("ok" if enough else "no", "disk", _writes(plan.writes)))
     if cache:
         findings.append(("ok", "cache", cache))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import RunFolderError
-from lora_cli.runs.atomic import without_infinities
+from lora_cli.runs.atomic import remove_leftovers, without_infinities
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 
@@ -100,6 +100,7 @@ class RunFolder:
         with self.lock():
             # Another process may have begun a run here since the first look.
             self.refuse_occupied(resume=resume)
+            remove_leftovers(self.path)
             yield
 
     @contextmanager
@@ -168,6 +169,35 @@ class RunFolder:
             return []
         *whole, _ = self.metrics_file.read_bytes().split(b"\n")
         return [json.loads(line) for line in whole]
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """The folder of one evaluation, in a run folder or elsewhere."""
+
+    path: Path
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def rows_file(self) -> Path:
+        return self.path / "rows.parquet"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def holds_something_else(self) -> bool:
+        """Whether what is there is neither an evaluation nor an empty folder."""
+        if not os.path.lexists(self.path):
+            return False
+        if not self.path.is_dir():
+            return True
+        own = {self.summary_file, self.rows_file, self.report_file}
+        return bool(set(self.path.iterdir()) - own)
 
 
 def _refuse_other_than_folders(path: Path) -> None:

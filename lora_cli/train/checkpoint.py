@@ -2,6 +2,9 @@
 
 A checkpoint is written under a temporary name, flushed, given a manifest with the size and SHA-256 of each file, and
 renamed: a folder of that name is complete, or it is not there. No pickle is written or read.
+
+No generator's state is in it, on any process: the order of the rows is a function of seed, epoch and step, and dropout
+is drawn anew in each step from seed, step and process.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,55 +27,15 @@ from lora_cli.engine.step import Learner
 from lora_cli.errors import RunFolderError
 from lora_cli.runs.atomic import settle, sync
 from lora_cli.runs.folder import RunFolder
+from lora_cli.train.disk import require_room, tensors_into
+from lora_cli.train.position import Position
 
 _PARAMETERS = "trainable.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
-
-LOSS_SPAN = 50
-"""Steps at the start and at the end of a run whose mean loss its summary gives."""
-
-
-@dataclass
-class Position:
-    """Where a run stands; everything of the loop that outlives a step. Sums are since the last line written."""
-
-    step: int = 0
-    micro_batch_tokens: int = 0
-    asked_micro_batch_tokens: int = 0
-    """What the config said, before any halving: another value on resuming is another wish."""
-    learning_rate: float = 0.0
-    grad_norm: float = 0.0
-    """Of the last step that counted, as the learning rate."""
-    train_seconds: float = 0.0
-    num_tokens: int = 0
-    num_supervised_tokens: int = 0
-    window_loss: float = 0.0
-    """Sum of token losses, nats."""
-    window_tokens: int = 0
-    window_supervised: int = 0
-    window_seconds: float = 0.0
-    steps_counted: int = 0
-    first_losses: list[list[float]] = field(default_factory=list)
-    last_losses: list[list[float]] = field(default_factory=list)
-    """[loss sum, supervised tokens] of the first and last `LOSS_SPAN` steps, for the summary's means."""
-    eval_losses: list[list[float]] = field(default_factory=list)
-    """[step, loss] of each evaluation."""
-    best_eval_loss: float | None = None
-    best_step: int | None = None
-    evals_since_best: int = 0
-    skipped_in_a_row: int = 0
-    metrics_bytes: int = 0
-    """Where metrics.jsonl ended."""
-    threads: int = 0
-
-    def note_loss(self, loss_sum: float, supervised: int) -> None:
-        """Remember a step's loss as long as it may be among the first or the last."""
-        self.steps_counted += 1
-        if len(self.first_losses) < LOSS_SPAN:
-            self.first_losses.append([loss_sum, supervised])
-        self.last_losses = [*self.last_losses, [loss_sum, supervised]][-LOSS_SPAN:]
+_BESIDES_BYTES = 256 * 1024
+"""Room for all that isn't tensors: headers, position, manifest."""
 
 
 def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fingerprint: str) -> Path:
@@ -82,10 +46,20 @@ def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fin
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write_state(temporary, learner, position, fingerprint)
+        settle(temporary)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint helps nobody, and the disk may be full
+        raise
+    sync(target.parent)
+    return target
+
+
+def _write_state(folder: Path, learner: Learner, position: Position, fingerprint: str) -> None:
     parameters = {name: p.detach().contiguous() for name, p in learner.parameters.items()}
     tensors, scalars = _optimizer_state(learner)
-    save_file(parameters, temporary / _PARAMETERS)
-    save_file(tensors, temporary / _OPTIMIZER)
     state = {
         "position": asdict(position),
         "fingerprint": fingerprint,
@@ -94,21 +68,31 @@ def save_checkpoint(folder: RunFolder, learner: Learner, position: Position, fin
         "scaler": _plain(learner.scaler.state_dict()),
         "rng": "drawn anew in each step from seed, step and process; nothing to store",
     }
-    (temporary / _STATE).write_text(json.dumps(state, indent=1))
-    manifest = {path.name: _facts(path) for path in sorted(temporary.iterdir())}
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    settle(temporary)
-    temporary.rename(target)
-    sync(target.parent)
-    return target
+    require_room(folder, sum(t.nbytes for group in (parameters, tensors) for t in group.values()) + _BESIDES_BYTES)
+    for content, name in ((parameters, _PARAMETERS), (tensors, _OPTIMIZER)):
+        with tensors_into(folder / name):
+            save_file(content, folder / name)
+    (folder / _STATE).write_text(json.dumps(state, indent=1))
+    manifest = {path.name: _facts(path) for path in sorted(folder.iterdir())}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def load_checkpoint(path: Path, learner: Learner) -> tuple[Position, str]:
     """Put a checkpoint's state into a learner; its position and the fingerprint of the data that it was made on.
 
     Raises:
-        RunFolderError: the checkpoint belongs to a model with other trainable parameters.
+        RunFolderError: the checkpoint belongs to a model with other trainable parameters, or to another version.
     """
+    try:
+        return _load(path, learner)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise RunFolderError(
+            f"{path} is whole, but isn't a checkpoint of this version: {error!r}",
+            remedy="Go on with the version that environment.json names, or start anew with --output-dir.",
+        ) from error
+
+
+def _load(path: Path, learner: Learner) -> tuple[Position, str]:
     saved = load_file(path / _PARAMETERS)
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in learner.parameters.items()}:
         raise RunFolderError(f"{path} holds other trainable parameters than this config makes")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,20 +15,22 @@ import numpy as np
 from lora_cli.config import Config, Source
 from lora_cli.config.resolved import with_absolute_paths
 from lora_cli.data.examples import Examples
+from lora_cli.data.preview import token_texts
 from lora_cli.engine.assembly import causal_lm
 from lora_cli.engine.generation import Sampling, generate_batch
 from lora_cli.engine.planning import Prepared
 from lora_cli.plan import ModuleKind, ParameterReport
 from lora_cli.report.events import Emit, Summary, Working
 from lora_cli.report.html import ReportInput, render_report
-from lora_cli.report.sections import Sample
+from lora_cli.report.sections import MaskedExample, Sample
 from lora_cli.report.svg import Mark
 from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
 from lora_cli.runs.folder import RunFolder
-from lora_cli.train.checkpoint import LOSS_SPAN
+from lora_cli.train.disk import tensors_into
 from lora_cli.train.loop import Loop
 from lora_cli.train.memory import peak_memory_bytes
+from lora_cli.train.position import LOSS_SPAN
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,15 +55,15 @@ def write_results(
         write_text(folder.adapter_dir / "README.md", card)
     emit(Working("writing samples"))
     samples = _samples(model, prepared, loop)
-    write_json(folder.summary_file, summary.as_json())
-    write_text(folder.report_file, _report(folder, prepared, summary, samples))
+    write_text(folder.report_file, _report(folder, prepared, loop, summary, samples))
+    write_json(folder.summary_file, summary.as_json())  # last: a run that has one is finished
     loop.world.wait()
     return summary
 
 
 def read_summary(folder: RunFolder) -> Summary | None:
-    """The summary of a finished run; None while there is none."""
-    if not folder.summary_file.is_file():
+    """The summary of a finished run; None while there is none, or what it speaks of isn't there."""
+    if not (folder.summary_file.is_file() and folder.adapter_dir.is_dir()):
         return None
     values = json.loads(folder.summary_file.read_text(encoding="utf-8"))
     counts = values.pop("parameters")
@@ -76,11 +80,16 @@ def _save_adapter(folder: RunFolder, model: PreTrainedModel | PeftModel, prepare
     if isinstance(model, PeftModel):  # found again from any working directory
         base = with_absolute_paths(prepared.config).model.name_or_path
         model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(temporary))
+    with tensors_into(temporary):
+        model.save_pretrained(str(temporary))
     prepared.tokenizer.save_pretrained(temporary)
     settle(temporary)
-    shutil.rmtree(folder.adapter_dir, ignore_errors=True)
+    before = folder.adapter_dir.with_name(".adapter.before.tmp")  # of a run that was extended
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.adapter_dir.exists():
+        os.replace(folder.adapter_dir, before)
     os.replace(temporary, folder.adapter_dir)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _summary(folder: RunFolder, prepared: Prepared, loop: Loop) -> Summary:
@@ -149,24 +158,50 @@ def prompt_and_reference(examples: Examples, index: int) -> tuple[list[int], lis
     return example.input_ids[:start].tolist(), example.input_ids[start : start + length].tolist()
 
 
-def _report(folder: RunFolder, prepared: Prepared, summary: Summary, samples: list[Sample]) -> str:
-    config = prepared.config
+def _report(folder: RunFolder, prepared: Prepared, loop: Loop, summary: Summary, samples: list[Sample]) -> str:
+    config, metrics = prepared.config, folder.read_metrics()
     return render_report(
         ReportInput(
             name=folder.path.name,
             config_text=folder.config_file.read_text(encoding="utf-8"),
             environment=json.loads(folder.environment_file.read_text(encoding="utf-8")),
-            metrics=folder.read_metrics(),
+            metrics=metrics,
             summary=summary.as_json(),
             samples=samples,
             command="lora train config.yaml --output-dir NEW",
             warnings=(*prepared.plan.warnings, *prepared.plan.engine.notes),
-            marks=[Mark(step, "checkpoint", f"checkpoint at step {step:,}") for step in folder.checkpoint_steps()],
+            marks=_marks(folder.checkpoint_steps(), loop.position.resumed_after, metrics),
             data=asdict(prepared.train.account),
+            max_length=config.data.max_length,
+            example=_first_example(prepared),
             non_defaults=_non_defaults(config),
             max_grad_norm=config.train.max_grad_norm,
         )
     )
+
+
+def _marks(checkpoints: Sequence[int], resumed: Sequence[int], metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    """What happened on the way: checkpoints that are there, resumes, micro-batches halved for want of memory."""
+    halvings = [line for line in metrics if line.get("out_of_memory")]
+    return [
+        *(Mark(step, "checkpoint", f"checkpoint at step {step:,}") for step in checkpoints),
+        *(Mark(step, "resume", f"resumed after step {step:,}") for step in resumed),
+        *(
+            Mark(line["step"], "halving", f"out of memory: micro-batches of {line['micro_batch_tokens']:,} tokens")
+            for line in halvings
+        ),
+    ]
+
+
+def _first_example(prepared: Prepared) -> MaskedExample:
+    """The first training example, its text in pieces that are trained or not."""
+    example = prepared.train.example(0)
+    texts = token_texts(prepared.tokenizer, example.input_ids.tolist())
+    pairs = zip(texts, map(bool, example.trained), strict=True)
+    pieces = [
+        ("".join(text for text, _ in group), trained) for trained, group in groupby(pairs, key=lambda pair: pair[1])
+    ]
+    return MaskedExample(prepared.train.places[0], pieces)
 
 
 def _non_defaults(config: Config) -> frozenset[str]:

@@ -9,18 +9,19 @@ import shutil
 import pyarrow.parquet
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.engine.generation import Sampling
+from lora_cli.engine.trained import find_target
 from lora_cli.errors import DataError, ModelError, RunFolderError, UserError
 from lora_cli.evaluate import evaluate, generate
 from lora_cli.evaluate.models import load_target, read_target
 from lora_cli.evaluate.rows import load_rows
-from lora_cli.evaluate.target import find_target
 from lora_cli.report.events import Warned, ignore
+from tests.integration.adapters import make_adapter, make_harmful_adapter
 
 
 @pytest.fixture(scope="session")
@@ -32,29 +33,6 @@ def finished(tmp_path_factory, write_config, tiny, rows):
     make_adapter(run / "adapter", tiny, scale=0.3)
     shutil.copy(config, run / "config.yaml")
     return run
-
-
-def make_adapter(folder, base_folder, *, scale, seed=0, **settings):
-    """A PEFT adapter whose B is random, times `scale`."""
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    options = {"r": 4, "target_modules": ["c_attn", "c_fc"], "task_type": "CAUSAL_LM", "fan_in_fan_out": True}
-    model = get_peft_model(base, LoraConfig(**{**options, **settings}))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=scale) if scale else parameter.zero_()
-    model.peft_config["default"].base_model_name_or_path = str(base_folder)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder)
-
-
-def make_harmful_adapter(folder, base_folder):
-    """It trains the last norm as well, and makes the model very sure of its random choices."""
-    make_adapter(folder, base_folder, scale=0, modules_to_save=["ln_f"])
-    tensors = load_file(folder / "adapter_model.safetensors")
-    loud = {name: tensor * 50 if "ln_f" in name else tensor for name, tensor in tensors.items()}
-    save_file(loud, folder / "adapter_model.safetensors")
 
 
 @pytest.fixture
@@ -178,6 +156,12 @@ def test_a_moved_run_an_adapter_and_a_config_are_the_same_target(run, rows, tmp_
     alone = evaluate(bare, data=str(rows / "heldout.jsonl"), overrides=["model.dtype=float32", "data.max_length=96"])
     assert alone.comparison.loss.adapter == pytest.approx(by_run.comparison.loss.adapter, rel=1e-6)
     assert alone.folder is None
+    assert by_run.warnings == by_adapter.warnings == by_config.warnings == ()
+    [doubt] = alone.warnings
+    assert "quantized" in doubt
+    nf4 = ["model.dtype=float32", "data.max_length=96", "model.quantization={type: nf4, allow_partial: true}"]
+    told = evaluate(bare, data=str(rows / "heldout.jsonl"), overrides=nf4)
+    assert (told.warnings, told.comparison.precision) == ((), "nf4, double quant")
     assert not (bare / "eval").exists()
 
 
@@ -240,6 +224,22 @@ def test_held_out_rows_were_not_trained_on(run, rows):
     assert not any("trained on" in text for text in held.warnings)
     whole = evaluate(run, data=str(rows / "train.jsonl"), overrides=share)
     assert whole.warnings[0].startswith("31 of 41 rows were trained on")
+
+
+def test_validation_rows_that_were_trained_on_are_named(run, rows, tmp_path):
+    """Among six rows to validate on, two are copies of training rows, under other names and beside other columns."""
+    copies = [json.loads(line) for line in (rows / "train.jsonl").read_text().splitlines()[3:5]]
+    held = [json.loads(line) for line in (rows / "heldout.jsonl").read_text().splitlines()]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps({"id": n, **row}) + "\n" for n, row in enumerate([*held, *copies])))
+    result = evaluate(run, overrides=[f"data.validation={mixed}"])
+    assert result.warnings[0] == "2 of 8 rows were trained on; the first is mixed.jsonl:7"
+    assert evaluate(run).warnings == ()
+    few = evaluate(run, data=str(mixed), limit=5)  # the count is of those that are judged
+    places = pyarrow.parquet.read_table(run / "eval" / "mixed" / "rows.parquet").to_pydict()["place"]
+    seen = [place for place in places if place in ("mixed.jsonl:7", "mixed.jsonl:8")]
+    assert seen
+    assert few.warnings[0] == f"{len(seen)} of 5 rows were trained on; the first is {seen[0]}"
 
 
 def test_a_run_that_held_nothing_out_says_so(run):

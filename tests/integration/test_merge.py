@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lora_cli.merge import merge
 from tests.integration.conftest import Run
@@ -118,6 +118,46 @@ def test_an_adapter_that_learned_nothing_has_no_effect(
     assert (tmp_path / "merged.unverified" / "model.safetensors").is_file()
 
 
+def test_another_base_in_the_place_of_the_run_s_own(
+    trained: Callable[..., Run], tiny: Path, lora: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """Of the same size and names: nothing but the fingerprint that the run noted tells the two apart."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    run = trained(f"model.name_or_path={base}")
+    file = base / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    code, out, err = lora("merge", run.folder, "--output", tmp_path / "merged")
+    assert (code, out) == (2, "")
+    assert "isn't the base" in err and str(base) in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_some_modules_that_learned_nothing_are_warned_of(
+    trained: Callable[..., Run], lora: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    run = trained()
+    file = run.folder / "adapter" / "adapter_model.safetensors"
+    save_file({n: t * 0 if "lora_B" in n and "h.0" in n else t for n, t in load_file(file).items()}, file)
+    code, out, err = lora("merge", run.folder, "--output", tmp_path / "merged", "--json")
+    assert code == 0, err
+    assert "lora_B is zero in" in err
+    assert any("lora_B is zero in" in text for text in json.loads(out)["warnings"])
+
+
+def test_a_run_on_a_base_that_lies_quantized_on_disk(trained: Callable[..., Run], tiny: Path, tmp_path: Path) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    packed = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32, quantization_config=settings)
+    packed.save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "packed")
+    run = trained(*NF4, f"model.name_or_path={tmp_path / 'packed'}", "train.max_steps=12")
+    report = merge([str(run.folder / "adapter")], tmp_path / "merged")
+    assert report.verified, report.problem
+    assert (report.base.base, report.base.kl_original) == ("quantized", None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    expected, found = logits(live(run), tmp_path / "merged"), logits(merged, tmp_path / "merged")
+    assert float((expected - found).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
 def test_a_run_whose_validation_rows_are_gone_is_verified_on_other_text(
     trained: Callable[..., Run], rows: Path, tmp_path: Path
 ) -> None:
@@ -144,3 +184,27 @@ def test_the_screen_fits_a_narrow_terminal(
     assert all(len(line) <= 60 or "/" in line for line in out.splitlines())
     for label in ("merged", "base", "checked", "control", "verdict"):
         assert f"\n  {label} " in f"\n{out}"
+
+
+def test_an_adapter_of_a_full_fine_tuning(
+    trained: Callable[..., Run],
+    lora: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained("adapter=null", "train.learning_rate=3e-3")
+    code, out, err = lora("extract", run.folder, "--rank", "8", "--output", tmp_path / "extracted", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["likeness"]["kl_adapter"] < found["likeness"]["kl_base"]
+    assert 0 < found["error"] < 1
+    assert len(found["modules"]) == 8
+    card = (tmp_path / "extracted" / "README.md").read_text()
+    assert "library_name: peft" in card and str(tmp_path) not in card
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, err = lora("extract", run.folder, "--rank", "2", "--output", tmp_path / "smaller")
+    assert code == 0, err
+    assert all(len(line) <= 60 or "/" in line for line in out.splitlines())
+    code, _, err = lora("merge", run.folder, "--output", tmp_path / "merged")
+    assert code == 2
+    assert "lora extract" in err

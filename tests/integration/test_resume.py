@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import get_scheduler
 
 import lora_cli
@@ -80,6 +82,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_from_there(trained, w
     assert [event.step for event in run.events if isinstance(event, Resumed)] == [4]
     assert [event.step for event in run.events if isinstance(event, Stepped)] == [5, 6, 7, 8]
     assert_same_run(run.folder, whole())
+    assert "resumed after step 4" in (run.folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,6 @@ def test_every_kind_of_run_goes_on_to_the_same_bits(trained, whole, overrides):
 
 def test_eight_bit_states_are_really_eight_bit(trained):
     run = trained("train.optim=adamw_8bit", "adapter.r=128", "train.max_steps=1")
-    from safetensors.torch import load_file
-
     states = load_file(run.folder / "checkpoints" / "step-00000001" / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in states.values())
 
@@ -319,6 +320,28 @@ def test_another_thread_count_is_named(trained, stopped):
     assert "2 threads instead of 1" in warning
 
 
+def test_two_processes_go_on_with_the_run_of_one(trained, stopped, whole, config_file):
+    """The same rows in the same steps; only sums are ordered otherwise."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command += ["-m", "lora_cli", "train", str(config_file), "--resume", "--set", "train.logging_steps=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("2 processes instead of 1") == 1
+    other = whole("train.logging_steps=1")
+    ours, theirs = metrics(stopped)[-4:], metrics(other)[-4:]
+    assert [line["step"] for line in ours] == [5, 6, 7, 8]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["num_supervised_tokens"] == two["num_supervised_tokens"] or one["step"] == 5  # since step 3
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-6) or one["step"] == 5
+    tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (stopped, other)]
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_run_that_fell_back_to_the_full_loss_can_be_resumed(trained, stopped, monkeypatch, settings, tmp_path):
     prove_loss = selftest._prove_loss
     monkeypatch.setattr(
@@ -361,6 +384,49 @@ def test_the_first_step_of_an_extension_has_the_rate_of_the_longer_schedule(trai
         optimizer.step()
         longer.step()
     assert [line["learning_rate"] for line in metrics(run.folder)][4:] == expected[4:]
+
+
+def test_killed_between_the_old_adapter_and_the_new_one(trained, monkeypatch):
+    """An extension that dies while it puts its adapter in the other's place: nothing claims to be finished."""
+    constant = "train.lr_scheduler_type=constant"
+    before = adapter(trained(constant, "train.max_steps=4").folder)
+    replace = os.replace
+
+    def dies(source, target):
+        if Path(source).name == ".adapter.tmp":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(Interrupted):
+        trained(constant, resume=True)
+    monkeypatch.undo()
+    run = trained(constant, resume=True)
+    assert run.summary.steps == 8 and adapter(run.folder) != before
+    assert not list(run.folder.glob(".adapter*"))
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(trained, settings):
+    seen = []
+
+    def twice(event):
+        if isinstance(event, Stepped) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            seen.append("went on")
+
+    with pytest.raises(Interrupted, match="at once") as stopped:
+        trained("train.save_steps=2", emit=twice)
+    assert not seen and stopped.value.exit_code == 130
+    folder = Path(settings().output_dir)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert "step-00000002" in (stopped.value.remedy or "")
+
+
+def test_a_checkpoint_when_asked_for_and_on_it_goes(trained, whole, settings):
+    run = trained(emit=at_step(3, send(signal.SIGUSR1)))
+    assert [event.step for event in run.events if isinstance(event, Saved)] == [3, 8]
+    assert_same_run(run.folder, whole())
 
 
 def test_evaluations_are_not_repeated_on_resuming(trained, rows):

@@ -26,6 +26,7 @@ from lora_cli.engine import step
 from lora_cli.engine.computation import Computation
 from lora_cli.errors import TrainingError, UserError
 from lora_cli.report.events import Evaluated, Saved, Stepped, Stopped
+from lora_cli.train import run as run_module
 from lora_cli.train import train
 from lora_cli.train.trackers import Trackers
 
@@ -530,6 +531,58 @@ def test_three_bad_steps_in_a_row_end_the_run(trained, not_finite):
     with pytest.raises(TrainingError, match=r"3 steps in a row.* the last at step 6") as error:
         trained()
     assert "train.jsonl:" in (error.value.remedy or "")
+
+
+# Nothing is being learned
+
+
+def test_a_learning_rate_that_vanishes_in_float32_is_an_error(trained):
+    """B starts at zero, and an update of 1e-60 leaves it there."""
+    with pytest.raises(TrainingError, match="nothing is being learned: after 3 steps") as error:
+        trained("train.learning_rate=1e-60", "train.warmup_steps=0")
+    assert "train.learning_rate" in (error.value.remedy or "")
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """Take the gradient from some parameters, as where a layer's output isn't used."""
+
+    def cut_off(part):
+        make_trainable = run_module.make_trainable
+
+        def cut(*arguments):
+            model = make_trainable(*arguments)
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and part in name:
+                    parameter.register_hook(torch.zeros_like)
+            return model
+
+        monkeypatch.setattr(run_module, "make_trainable", cut)
+
+    return cut_off
+
+
+def test_gradients_that_are_all_zero_are_an_error(trained, cut_off):
+    cut_off("lora_")
+    with pytest.raises(TrainingError, match="every gradient is zero"):
+        trained("adapter.init_lora_weights=false")
+
+
+def test_targets_without_a_gradient_are_named(trained, cut_off):
+    """The run learns, and one of its targets doesn't."""
+    cut_off(".h.1.attn.c_attn.")
+    (warning,) = trained("train.max_steps=4").warnings
+    assert "1 of 8 targets" in warning and "transformer.h.1.attn.c_attn" in warning
+
+
+def test_warming_up_from_zero_is_not_held_against_a_run(trained):
+    assert trained("train.warmup_steps=6").summary.steps == 8
+
+
+def test_float16_scaler_skips_are_not_counted(trained):
+    """The scaler starts too high on purpose, and skips until the gradients fit."""
+    run = trained("model.dtype=float16", "train.max_steps=6")
+    assert run.summary.steps == 6 and not any("not finite" in text for text in run.warnings)
 
 
 # Trackers

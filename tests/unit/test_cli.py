@@ -39,6 +39,8 @@ Run      train          train; --resume continues
 After    eval           base and adapter side by side
          generate       text from base and adapters
          merge          streaming, verified merge
+         extract        an adapter from a fully fine-tuned model
+         export         for llama.cpp, Ollama and vLLM
 Editor   schema         JSON Schema of the config
 
 Exit codes  0 done, 1 our bug, 2 yours to mend, 3 the answer is no, 130/143 interrupted

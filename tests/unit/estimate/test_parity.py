@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,6 +43,13 @@ def test_meta_agrees_with_the_cpu_in_bfloat16() -> None:
     architecture, config = tiny_architecture("llama"), make_config("unread")
     rehearsed = rehearse(config, architecture, computation, CPU, SHAPE)
     assert _peaks(rehearsed) == _peaks(_on_cpu(architecture, config, computation))
+
+
+@pytest.mark.parametrize("fusion", ["layers", "linears"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+def test_meta_agrees_with_the_cpu_in_fused_arithmetic(fusion: Any, checkpointing: bool) -> None:
+    config = make_config("unread", train={"gradient_checkpointing": checkpointing})
+    _assert_same(tiny_architecture("llama"), config, replace(_computation("llama"), fusion=fusion))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adafactor"])

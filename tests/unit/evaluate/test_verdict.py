@@ -54,3 +54,10 @@ def test_only_a_verdict_of_worse_fails():
 
 def test_a_loss_that_is_not_a_number_improves_nothing():
     assert not Demand(min_improvement=-100.0).is_met_by(comparison(loss(math.nan, math.nan, math.nan), "worse"))
+
+
+def test_what_is_missing_is_said_in_words():
+    fell, rose = comparison(loss(-0.4, -0.5, -0.3), "better"), comparison(loss(0.4, 0.3, 0.5), "worse")
+    assert Demand(min_improvement=0.5).unmet_by(fell) == "0.5 nats of improvement were asked; the loss fell by 0.4000"
+    assert Demand(min_improvement=0.0).unmet_by(rose) == "0 nats of improvement were asked; the loss rose by 0.4000"
+    assert Demand(min_improvement=0.4, fail_if_worse=True).unmet_by(fell) is None

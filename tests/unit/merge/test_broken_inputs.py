@@ -144,19 +144,35 @@ def test_initialization_that_changed_the_base(adapter: Path, tmp_path: Path) -> 
     refused(adapter, tmp_path / "merged", "'pissa' takes a part out of the base")
 
 
-def test_disk_full_half_way(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["pwrite", "copy_file_range"])
+def test_disk_full_half_way(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     calls = 0
 
-    def sendfile(*arguments: Any) -> int:
+    def until_full(*arguments: Any) -> int:
         nonlocal calls
         calls += 1
         if calls > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*arguments)
+        return int(real(*arguments))
 
-    real = os.sendfile
-    monkeypatch.setattr(shards_module.os, "sendfile", sendfile)
+    real = getattr(os, call)
+    monkeypatch.setattr(shards_module.os, call, until_full)
     refused(adapter, tmp_path / "merged", "the disk is full")
+    assert calls > 3
+
+
+def test_where_the_kernel_cannot_copy_the_bytes_are_the_same(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*_: Any) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    merge([str(adapter)], tmp_path / "one", verify=False)
+    monkeypatch.setattr(shards_module.os, "copy_file_range", unable)
+    merge([str(adapter)], tmp_path / "two", verify=False)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_too_little_room_is_said_before_anything_is_written(

@@ -24,6 +24,7 @@ Merged = dict[str, Tensor]
         ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
         ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
         ("gemma", {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
+        ("gemma2", {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -34,6 +35,22 @@ def test_right_merge_is_verified(tmp_path: Path, name: str, settings: dict[str, 
     assert report.verification is not None
     assert report.verification.control > report.verification.max_logit_difference
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, mistake: Callable[[Unit, Merged, Mapping[str, Tensor]], Merged]) -> None:
+    """Put a mistake behind each module's arithmetic, whether it is merged as a whole or in slices."""
+    whole, in_slices = AdaptedModel.merge, AdaptedModel.merge_slice
+
+    def merge_wrongly(self: AdaptedModel, unit: Unit, base: Mapping[str, Tensor]) -> Merged:
+        before = {name: value.clone() for name, value in base.items()}
+        return mistake(unit, whole(self, unit, base), before)
+
+    def merge_slice_wrongly(self: AdaptedModel, unit: Unit, rows: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        before = rows.clone()
+        return mistake(unit, {"rows": in_slices(self, unit, rows, own)}, {"rows": before})["rows"]
+
+    monkeypatch.setattr(AdaptedModel, "merge", merge_wrongly)
+    monkeypatch.setattr(AdaptedModel, "merge_slice", merge_slice_wrongly)
 
 
 def too_strong(merged: Merged, base: Mapping[str, Tensor]) -> Merged:
@@ -56,15 +73,9 @@ def test_wrong_merge_is_set_aside(
     mistake: Callable[[Merged, Mapping[str, Tensor]], Merged],
     dtype: torch.dtype,
 ) -> None:
-    right = AdaptedModel.merge
-
-    def wrong(self: AdaptedModel, unit: Unit, base: Mapping[str, Tensor]) -> Merged:
-        before = {name: value.clone() for name, value in base.items()}
-        return mistake(right(self, unit, base), before)
-
+    spoil(monkeypatch, lambda _, merged, before: mistake(merged, before))
     base = save_base(tmp_path / "base", "llama", dtype)
     adapter = save_adapter(tmp_path / "adapter", base, target_modules="all-linear", scale=0.3)
-    monkeypatch.setattr(AdaptedModel, "merge", wrong)
     report = merge([str(adapter)], tmp_path / "merged")
     assert report.verified is False
     assert report.problem
@@ -73,16 +84,12 @@ def test_wrong_merge_is_set_aside(
 
 
 def test_one_module_left_out_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = AdaptedModel.merge
+    def forget(unit: Unit, merged: Merged, before: Mapping[str, Tensor]) -> Merged:
+        return dict(before) if "layers.1.mlp.up_proj" in unit.name else merged
 
-    def forgetful(self: AdaptedModel, unit: Unit, base: Mapping[str, Tensor]) -> Merged:
-        if "layers.1.mlp.up_proj" in unit.name:
-            return {name: value.clone() for name, value in base.items()}
-        return right(self, unit, base)
-
+    spoil(monkeypatch, forget)
     base = save_base(tmp_path / "base", "llama", torch.bfloat16)
     adapter = save_adapter(tmp_path / "adapter", base, target_modules="all-linear", scale=0.3)
-    monkeypatch.setattr(AdaptedModel, "merge", forgetful)
     assert merge([str(adapter)], tmp_path / "merged").verified is False
 
 

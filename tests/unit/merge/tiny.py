@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -35,7 +36,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**_SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
-    "gemma": Gemma2Config(**_SMALL, head_dim=8, sliding_window=16),
+    "gemma": GemmaConfig(**_SMALL, head_dim=8),
+    "gemma2": Gemma2Config(**_SMALL, head_dim=8, sliding_window=16),
     "mixtral": MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2),
 }
 
@@ -63,23 +65,25 @@ def save_adapter(folder: Path, base: Path, *, seed: int = 1, scale: float = 0.1,
     return folder
 
 
-def oracle(base: Path, adapter: Path, dtype: torch.dtype, *, tied: bool = False) -> dict[str, torch.Tensor]:
-    """What the merged model must hold: PEFT's plain merge in float32.
+def oracle(
+    base: Path, adapter: Path, dtype: torch.dtype, *, tied: bool = False, exact: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """What the merged model must hold: PEFT's plain merge in float32, or more.
 
     PEFT adds to tied weights in place, and so to both; what was trained changed one. Hence weights come untied,
     except for adapters that change both by themselves.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=exact)
     if not tied:
         values = model.state_dict()
         model.config.tie_word_embeddings = False
-        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(model.config, dtype=exact)
         model.load_state_dict(values)
-    merged = _quietly(PeftModel.from_pretrained, model, str(adapter)).merge_and_unload()
+    merged = _quietly(PeftModel.from_pretrained, model, str(adapter), autocast_adapter_dtype=False).merge_and_unload()
     return {name: tensor.to(dtype) for name, tensor in merged.state_dict().items()}
 
 
-def _quietly(call: Any, *arguments: Any) -> Any:
+def _quietly(call: Any, *arguments: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return call(*arguments)
+        return call(*arguments, **options)

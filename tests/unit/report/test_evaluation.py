@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -10,9 +12,11 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from lora_cli.report.comparison import Comparison, Demand, Evaluation, Generations, Measure, Output, RowChange
+from lora_cli.report.comparison import Comparison, Demand, Evaluation, Generations, Group, Measure, Output, RowChange
 from lora_cli.report.evaluation import render_evaluation, render_outputs
-from lora_cli.report.evaluation_page import render_evaluation_page
+from lora_cli.report.evaluation_page import Piece, Reading, render_evaluation_page
+from lora_cli.report.tasks import TaskComparison, TaskEvaluation, TaskFigure, render_tasks
+from lora_cli.report.tasks_page import render_tasks_page
 
 
 def measure(name, base, adapter, low, high):
@@ -110,14 +114,28 @@ ROWS = {
 }
 
 
+READINGS = [
+    Reading(6, "<b>ask</b>", (Piece("<script>", -3.0), Piece(" yes", 0.7), Piece(" no", 0.01)), cut=False),
+    Reading(5, "ask", (Piece("yes", -1.0),), cut=True),
+    Reading(7, "", (Piece("lost", 2.0), Piece("<|end|>", None)), cut=False),
+]
+
+
 def test_the_page_shows_what_changed_most():
-    page = render_evaluation_page(EVALUATION, ROWS)
+    page = render_evaluation_page(EVALUATION, ROWS, READINGS)
     gained, lost = page.split("Most gained")[1].split("Most lost")
     assert gained.index("test.jsonl:7") < gained.index("test.jsonl:6")
     assert "test.jsonl:8" in lost
     assert "test.jsonl:7" not in lost
     assert "2.7000 → 4.0000" in lost
     assert page.count("<svg") == 2
+
+
+def test_tokens_are_tinted_by_how_much_likelier_they_became():
+    page = render_evaluation_page(EVALUATION, ROWS, READINGS)
+    assert '<span class="d3">&lt;script&gt;</span><span class="u2"> yes</span> no' in page
+    assert '<span class="u3">lost</span>&lt;|end|&gt;' in page
+    assert page.count(" ...</p>") == 1
 
 
 def test_the_page_runs_nothing_from_the_rows():
@@ -127,10 +145,80 @@ def test_the_page_runs_nothing_from_the_rows():
         "base_answer": ["<u>"] * 8,
         "adapter_answer": ["<s>"] * 8,
     }
-    page = render_evaluation_page(replace(EVALUATION, target="<h1>", warnings=("<hr>",)), ROWS | answered)
-    for tag in ("<script", "<b>alert", "<i>", "<u>", "<s>", "<hr>", "<h1><"):
+    spoilt = replace(
+        EVALUATION, target="<h1>", warnings=("<hr>",), comparison=replace(COMPARISON, groups=(group("<em>", 9),))
+    )
+    page = render_evaluation_page(spoilt, ROWS | answered, READINGS)
+    for tag in ("<script", "<b>ask", "<i>", "<u>", "<s>", "<hr>", "<h1><", "<em>"):
         assert tag not in page
-    assert "&lt;script&gt;" in page
+    for spelled in ("&lt;script&gt;", "&lt;u&gt;", "&lt;s&gt;", "&lt;em&gt;", "&lt;b&gt;ask"):
+        assert spelled in page
+
+
+def test_the_policy_lets_the_pages_own_style_in_and_nothing_else():
+    page = render_evaluation_page(EVALUATION, ROWS, READINGS)
+    style = page.split("<style>")[1].split("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'" in page
+    assert " style=" not in page  # which the policy would block
+
+
+def group(name, rows, difference=-0.5):
+    return Group(
+        name, rows, (measure("loss", 2.0, 2.0 + difference, difference - 0.1, difference + 0.1),), rows, 0, "better"
+    )
+
+
+def test_nothing_at_all_is_no_small_number():
+    nothing = replace(
+        COMPARISON, measures=(measure("loss", 1.0, 1.0, 0.0, 0.0), measure("chrf", 0.5, 0.50001, -1e-5, 3e-5))
+    )
+    loss, chrf = (
+        line for line in render_evaluation(replace(EVALUATION, comparison=nothing), 80).splitlines() if "0 .. " in line
+    )
+    assert loss.split()[3:] == ["0", "0", "..", "0"]
+    assert chrf.split()[3:] == ["+0.0000", "-0.0000", "..", "+0.0000"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_groups_stand_below_the_figures(width):
+    groups = (group("law and order, a long name of a group that goes on", 300), group("medicine", 4))
+    several = tuple(group(f"g{number}", 9) for number in range(20))
+    text = render_evaluation(replace(EVALUATION, comparison=replace(COMPARISON, groups=groups + several)), width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert "medicine" in text and "too few rows" in text
+    assert "and 10 smaller groups" in text
+
+
+def test_adapters_are_compared_with_each_other():
+    other = replace(COMPARISON, versus=measure("loss", 1.0346, 1.0446, -0.002, 0.022))
+    evaluation = replace(EVALUATION, others=(other,))
+    assert "against the first adapter: loss +0.0100, 95 % interval -0.0020 to +0.0220" in render_evaluation(
+        evaluation, 120
+    )
+    assert "gainst the first adapter: loss +0.0100" in render_evaluation_page(evaluation, ROWS)
+    assert evaluation.as_json()["others"][0]["versus_first"]["high"] == 0.022
+
+
+def tasks(*figures):
+    comparison = TaskComparison("runs/docs/adapter", "float32", figures)
+    return TaskEvaluation("runs/docs", ("mine.yaml",), comparison, (), None, None, False, True, None)
+
+
+def test_tasks_are_judged_by_which_way_is_better():
+    better = TaskFigure("t", measure("acc", 0.5, 0.7, 0.1, 0.3), 40, True)
+    worse = TaskFigure("t", measure("ter", 0.5, 0.7, 0.1, 0.3), 40, False)
+    few = TaskFigure("t", measure("acc", 0.5, 0.7, 0.1, 0.3), 4, True)
+    whole = TaskFigure("t", Measure("ppl", 9.0, 8.0, -1.0, math.nan, math.nan), 40, False)
+    assert [one.outcome for one in (better, worse, few, whole)] == ["better", "worse", "can't tell", "can't tell"]
+    found = tasks(better, worse, few, whole)
+    assert found.comparison.verdict == "of 4 figures: 1 better, 1 worse, 2 can't tell"
+    assert not found.meets_demand
+    assert tasks(better, few).meets_demand
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["difference"]["intervals"]["t ppl"] == [None, None]
+    for width in (40, 80, 120):
+        assert max(map(cell_len, render_tasks(found, width).splitlines())) <= width
+    assert "<script" not in render_tasks_page(replace(found, target="<script>"))
 
 
 def test_an_answer_cant_steer_the_terminal():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,7 @@ import torch
 from lora_cli.engine.world import World
 from lora_cli.report.events import ignore
 from lora_cli.runs.folder import RunFolder
-
-run: Any = import_module("lora_cli.train.run")
+from lora_cli.train.resuming import start_position
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -29,7 +27,7 @@ def test_only_the_process_that_holds_the_lock_removes_anything(rank: int, tmp_pa
     world = World(rank, 2, torch.device("cpu"), SimpleNamespace())  # type: ignore[arg-type]
     learner: Any = None  # nothing is loaded where there is no complete checkpoint
 
-    position = run._start(folder, learner, prepared, world, True, ignore)
+    position = start_position(folder, learner, prepared, world, True, ignore)
 
     assert position.step == 0
     assert broken.exists() is (rank == 1)

@@ -1,0 +1,191 @@
+"""Which modules of a model the fused arithmetic fits, by what they are made of, and putting it in their place.
+
+A module that looks right may still compute something else (Gemma's norms add one to their weight, Granite scales its
+residuals), so what fits is tried on a small copy before it is used: `engine.selftest`. A module's own code stays where
+it is and runs whenever a call asks for more: evaluation, generation with a cache, a disabled or merged adapter, a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.engine.fused.gated import GatedBlock
+from lora_cli.engine.fused.layer import DecoderLayer, FusedLayer, Norm
+from lora_cli.engine.fused.linear import Adapted, LoraLinear
+from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
+
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+Fusion = Literal["layers", "linears"]
+"""`layers`: whole decoder layers, and adapted linear layers outside of them. `linears`: adapted linear layers alone."""
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_DTYPES = (torch.float32, torch.bfloat16)
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def fuse(model: nn.Module, fusion: Fusion | None) -> int:
+    """Put the fused arithmetic in place of what it fits, or with None the modules' own code back; how many it fitted.
+
+    0 with `layers` when no whole layer fits, whatever its linear layers do.
+    """
+    for module in model.modules():
+        if _is_ours(module):
+            del module.forward
+    if fusion is None:
+        return 0
+    fitted, within = 0, set[int]()
+    if fusion == "layers":
+        for module in model.modules():
+            if _layer_of(module) is not None:
+                _replace(module, _layer_forward)
+                within.update(id(inner) for inner in module.modules())
+                fitted += 1
+        if not fitted:
+            return 0
+    for module in model.modules():
+        if id(module) not in within and plain_lora(module) is not None:
+            _replace(module, _linear_forward)
+            fitted += 1
+    return fitted
+
+
+def plain_lora(module: nn.Module) -> PeftLinear | None:
+    """The module as PEFT's plain LoRA around a frozen `nn.Linear`, with one adapter in use; None for anything else.
+
+    DoRA and other variants, dropout, a trained bias, quantized bases, Conv1D: PEFT's own code runs them.
+    """
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    if type(module) is not PeftLinear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
+        return None
+    if len(module.lora_A) != 1 or len(module.active_adapters) != 1 or module.active_adapters[0] not in module.lora_A:
+        return None
+    name = module.active_adapters[0]
+    if module.lora_variant.get(name) is not None or not isinstance(module.lora_dropout[name], nn.Identity):
+        return None
+    if type(module.lora_A[name]) is not nn.Linear or module.lora_B[name].bias is not None:
+        return None
+    if any(p.requires_grad for p in module.base_layer.parameters()):
+        return None
+    return module
+
+
+def _adapted(module: nn.Module) -> Adapted | None:
+    """The layer's parts at this moment, adapted or frozen and plain; None when it is something else."""
+    lora = plain_lora(module)
+    if lora is not None:
+        if lora.disable_adapters or lora.merged:
+            return None
+        name = lora.active_adapters[0]
+        base = cast(nn.Linear, lora.base_layer)
+        a, b = cast(nn.Linear, lora.lora_A[name]), cast(nn.Linear, lora.lora_B[name])
+        return Adapted(base.weight, base.bias, a.weight, b.weight, float(lora.scaling[name]))
+    if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
+        return Adapted(module.weight, module.bias, None, None)
+    return None
+
+
+def _layer_of(module: nn.Module) -> DecoderLayer | None:
+    """The module's parts when it is made as Llama's decoder layers are."""
+    children = dict(module.named_children())
+    if children.keys() != _LAYER:
+        return None
+    attention, mlp = dict(children["self_attn"].named_children()), dict(children["mlp"].named_children())
+    if attention.keys() != _ATTENTION or mlp.keys() != _MLP:
+        return None
+    linears = {name: _adapted(part) for name, part in (*attention.items(), *mlp.items()) if name != "act_fn"}
+    norms = [_norm(children["input_layernorm"]), _norm(children["post_attention_layernorm"])]
+    activation = _activation(mlp["act_fn"])
+    settings = vars(children["self_attn"])
+    size, scale = settings.get("head_dim"), settings.get("scaling")
+    if activation is None or None in norms or None in linears.values():
+        return None
+    if not isinstance(size, int) or not isinstance(scale, float) or settings.get("attention_dropout"):
+        return None
+    found = cast(dict[str, Adapted], linears)
+    first, second = cast(list[Norm], norms)
+    return DecoderLayer(
+        attention_norm=first,
+        query=found["q_proj"],
+        key=found["k_proj"],
+        value=found["v_proj"],
+        output=found["o_proj"],
+        block_norm=second,
+        block=GatedBlock(found["gate_proj"], found["up_proj"], found["down_proj"], activation),
+        head_size=size,
+        scale=scale,
+    )
+
+
+def _norm(module: nn.Module) -> Norm | None:
+    """An RMS norm with one frozen weight, whatever its class is called."""
+    parameters = dict(module.named_parameters())
+    eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
+    if parameters.keys() != {"weight"} or not isinstance(eps, float) or parameters["weight"].requires_grad:
+        return None
+    return Norm(parameters["weight"], eps)
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    from transformers.activations import GELUTanh, SiLUActivation
+
+    if isinstance(module, nn.SiLU | SiLUActivation):
+        return SILU
+    return GELU_TANH if isinstance(module, GELUTanh) else None
+
+
+def _layer_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    lengths, positions = kwargs.get("document_lengths"), kwargs.get("position_embeddings")
+    plain = not args and kwargs.get("past_key_values") is None and kwargs.get("attention_mask") is None
+    if not (plain and lengths and positions and torch.is_grad_enabled() and module.training):
+        return own(hidden_states, *args, **kwargs)
+    layer = _layer_of(module)
+    cos, sin = positions
+    if layer is None or not _takes(layer, hidden_states, cos) or _window(module) < max(lengths):
+        return own(hidden_states, *args, **kwargs)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        out: Tensor = FusedLayer.apply(hidden_states[0], layer, cos[0], sin[0], lengths, *layer.trained)  # type: ignore[no-untyped-call]
+    return out.unsqueeze(0)
+
+
+def _takes(layer: DecoderLayer, hidden_1TM: Tensor, cos_1TE: Tensor) -> bool:
+    """Whether everything has one dtype that is multiplied here, and positions turn the whole of each head."""
+    dtypes = {linear.weight.dtype for linear in layer.linears} | {hidden_1TM.dtype}
+    fits = len(dtypes) == 1 and hidden_1TM.dtype in _DTYPES
+    return fits and hidden_1TM.shape[0] == 1 and cos_1TE.shape[-1] == layer.head_size
+
+
+def _window(module: nn.Module) -> float:
+    """The longest document that no sliding window cuts: some keep it with the layer, Mistral in its config."""
+    attention = cast(nn.Module, module.self_attn)
+    found = [
+        vars(attention).get("sliding_window"),
+        vars(vars(attention).get("config", attention)).get("sliding_window"),
+    ]
+    return min((window for window in found if isinstance(window, int)), default=float("inf"))
+
+
+def _linear_forward(module: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    plain = torch.is_grad_enabled() and module.training and not args and not kwargs
+    layer = _adapted(module) if plain else None
+    if layer is None or layer.a is None or x.dtype != layer.weight.dtype or x.dtype not in _DTYPES:
+        return own(x, *args, **kwargs)
+    with torch.autocast(x.device.type, enabled=False):
+        return LoraLinear.apply(x, layer, *layer.trained)  # type: ignore[no-untyped-call]
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = partial(forward, module, module.forward)  # a partial, so that a copied model calls its own parts
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, partial) and forward.func in (_layer_forward, _linear_forward)

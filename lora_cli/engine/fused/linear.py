@@ -1,0 +1,169 @@
+"""Linear layers with LoRA that share one input, such as q, k and v: y_i = x W_i' + b_i + s_i (x A_i') B_i'.
+
+For one pass over an input, weights and adapters are joined, so that a layer is one product there and one back: in
+float32 as W + s B A, in 16 bits, where that sum would lose small adapters, as [x, x A'] [W, s B]'. The joined weights
+of one layer at a time exist. Nothing is computed for frozen weights. Knows nothing of PEFT's modules (`fitting` does).
+
+Dimension names: T tokens, I inputs, O outputs, R ranks of all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """One linear layer: what is frozen in it, and what is trained."""
+
+    weight: Tensor
+    """[O, I], frozen."""
+    bias: Tensor | None
+    """[O], frozen."""
+    a: Tensor | None
+    """[r, I], float32, trained; None without an adapter."""
+    b: Tensor | None
+    """[O, r]."""
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+    @property
+    def trained(self) -> tuple[Tensor, ...]:
+        return () if self.a is None or self.b is None else (self.a, self.b)
+
+
+class Joined:
+    """Layers that share an input, made ready for one pass over it, there or back."""
+
+    def __init__(self, layers: Sequence[Adapted], dtype: torch.dtype) -> None:
+        self.layers = layers
+        self.exact = dtype == torch.float32
+        """Whether W + s B A is what is multiplied."""
+        found = [layer.a for layer in layers if layer.a is not None]
+        self.a_RI = None if not found else (found[0] if len(found) == 1 else torch.cat(found)).to(dtype)
+        """The A of all layers, one below the other."""
+        self.scaled_b = [None if layer.b is None else layer.b.to(dtype) * layer.scale for layer in layers]
+        self.columns = []
+        """Where each layer's ranks stand among those of all."""
+        end = 0
+        for layer in layers:
+            self.columns.append(slice(end, end + layer.rank))
+            end += layer.rank
+        self.weights = [
+            torch.addmm(layer.weight, b_Or, layer.a)
+            if self.exact and b_Or is not None and layer.a is not None
+            else layer.weight
+            for layer, b_Or in zip(layers, self.scaled_b, strict=True)
+        ]
+        """[O, I] of each."""
+
+    def low(self, x_TI: Tensor) -> Tensor | None:
+        """x A' of all layers, [T, R]."""
+        return None if self.a_RI is None else torch.mm(x_TI, self.a_RI.t())
+
+    def project(self, x_TI: Tensor, outputs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The layers' [T, O] outputs, into `outputs` when they are given."""
+        joint = x_TI
+        low_TR = None if self.exact else self.low(x_TI)
+        if low_TR is not None:
+            joint = torch.cat([x_TI, low_TR], dim=1)
+        results = []
+        for number, (layer, weight) in enumerate(zip(self.layers, self._joint_weights(low_TR), strict=True)):
+            out = x_TI.new_empty(x_TI.shape[0], weight.shape[0]) if outputs is None else outputs[number]
+            if layer.bias is None:
+                torch.mm(joint, weight.t(), out=out)
+            else:
+                torch.addmm(layer.bias, joint, weight.t(), out=out)
+            results.append(out)
+        return results
+
+    def _joint_weights(self, low_TR: Tensor | None) -> list[Tensor]:
+        """[O, I + R] with each layer's s B in the columns of its ranks, and zeros in those of the others."""
+        if low_TR is None:
+            return self.weights
+        joint = []
+        for weight, b_Or, columns in zip(self.weights, self.scaled_b, self.columns, strict=True):
+            rows, width = weight.shape
+            whole = weight.new_zeros(rows, width + low_TR.shape[1])
+            whole[:, :width] = weight
+            if b_Or is not None:
+                whole[:, width + columns.start : width + columns.stop] = b_Or
+            joint.append(whole)
+        return joint
+
+
+class Gradients:
+    """Gradients of the adapters of layers that share an input, summed over blocks of tokens."""
+
+    def __init__(self, joined: Joined) -> None:
+        self._joined = joined
+        self._a_RI: Tensor | None = None
+        self._b: list[Tensor | None] = [None] * len(joined.layers)
+
+    def add(self, x_TI: Tensor, grads: Sequence[Tensor], into: Tensor | None) -> None:
+        """Take in the gradients of outputs, and give that of the input into `into`, when it is wanted."""
+        joined = self._joined
+        if into is not None:
+            torch.mm(grads[0], joined.weights[0], out=into)
+            for grad, weight in zip(grads[1:], joined.weights[1:], strict=True):
+                into.addmm_(grad, weight)
+        low_TR = joined.low(x_TI)
+        if joined.a_RI is None or low_TR is None:
+            return
+        back_TR = torch.empty_like(low_TR)
+        for number, (grad, b_Or, columns) in enumerate(zip(grads, joined.scaled_b, joined.columns, strict=True)):
+            if b_Or is not None:
+                torch.mm(grad, b_Or, out=back_TR[:, columns])
+                self._b[number] = _sum(self._b[number], low_TR[:, columns].t(), grad, joined.layers[number].scale)
+        if into is not None and not joined.exact:
+            into.addmm_(back_TR, joined.a_RI)
+        self._a_RI = _sum(self._a_RI, back_TR.t(), x_TI, 1.0)
+
+    def results(self) -> list[Tensor]:
+        """The gradients of A and B of each layer that has them, in float32."""
+        found: list[Tensor] = []
+        for layer, b_rO, columns in zip(self._joined.layers, self._b, self._joined.columns, strict=True):
+            if layer.a is None:
+                continue
+            assert self._a_RI is not None and b_rO is not None
+            found += [self._a_RI[columns], b_rO.t()]
+        return found
+
+
+def _sum(total: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """total + scale * left @ right in float32, in place where there is a total."""
+    if right.dtype == torch.float32:
+        if total is not None:
+            return total.addmm_(left, right, alpha=scale)
+        product = torch.mm(left, right)
+        return product if scale == 1.0 else product.mul_(scale)
+    product = torch.mm(left, right).float()
+    return product.mul_(scale) if total is None else total.add_(product, alpha=scale)
+
+
+class LoraLinear(torch.autograd.Function):
+    """One adapted linear layer on [..., I]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Adapted, *trained: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        (out,) = Joined([layer], x.dtype).project(flat)
+        ctx.layer = layer
+        ctx.save_for_backward(flat, *trained)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, *_ = ctx.saved_tensors
+        gradients = Gradients(Joined([ctx.layer], flat.dtype))
+        into = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
+        gradients.add(flat, [grad.reshape(-1, grad.shape[-1])], into)
+        return (None if into is None else into.view(*grad.shape[:-1], -1), None, *gradients.results())
