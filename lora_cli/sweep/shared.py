@@ -58,7 +58,7 @@ def shared_step(
                 torch.stack(scaled).sum().backward()
                 for seat, each in zip(micro_batch, shares, strict=True):
                     losses[seat.member] += each.detach()
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
         ran_out = True
     if ran_out:
         for wish in wishes:
@@ -93,7 +93,7 @@ def shared_losses(
                 sums.index_add_(0, batch.documents, token_losses)
                 for (member, row), total in zip(rows, sums.tolist(), strict=True):
                     losses[member][place[member][row]] = total
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
         pass
     else:
         return losses
