@@ -6,7 +6,7 @@ when a step is due, or of what becomes of its result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_cli.data.examples import Examples
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.scoring import evaluating
-from lora_cli.engine.step import Learner, OutOfMemory, StepResult, update
+from lora_cli.engine.step import Abandoned, Learner, OutOfMemory, StepResult, on_every_process, update
 from lora_cli.engine.world import World
 from lora_cli.sweep.arrange import MicroBatch, Wish, arrange
 from lora_cli.sweep.stack import Stack
@@ -35,6 +35,7 @@ def shared_step(
     *,
     micro_batch_tokens: int,
     world: World,
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[int, StepResult]:
     """One optimizer step of each member that has a wish; what `train_step` does for one.
 
@@ -43,13 +44,15 @@ def shared_step(
 
     Raises:
         OutOfMemory: no parameter of any member has moved, and no gradient is left.
+        Abandoned: likewise; `heed`, which is called between micro-batches, raised it.
     """
     computation = next(iter(learners.values())).computation
     losses = {wish.member: torch.zeros((), device=world.device) for wish in wishes}
-    ran_out = False
-    try:
+
+    def accumulate_all() -> None:
         with stack.shared():
             for micro_batch in _arranged(wishes, micro_batch_tokens, computation):
+                heed()
                 sums = _losses(stack, computation, micro_batch, data, world)
                 shares = [total / supervised[seat.member] for seat, total in zip(micro_batch, sums, strict=True)]
                 scaled = [
@@ -58,12 +61,13 @@ def shared_step(
                 torch.stack(scaled).sum().backward()
                 for seat, each in zip(micro_batch, shares, strict=True):
                     losses[seat.member] += each.detach()
-    except (MemoryError, RuntimeError) as error:
-        ran_out = True
-    if ran_out:
+
+    try:
+        on_every_process(accumulate_all, world)
+    except (OutOfMemory, Abandoned):
         for wish in wishes:
             learners[wish.member].optimizer.zero_grad(set_to_none=True)
-        raise OutOfMemory
+        raise
     return {member: update(learners[member], loss, world) for member, loss in losses.items()}
 
 
@@ -75,17 +79,21 @@ def shared_losses(
     *,
     micro_batch_tokens: int,
     world: World,
+    heed: Callable[[], None] = lambda: None,
 ) -> dict[int, NDArray[np.float64]]:
     """Summed loss (nats) of each member's rows, in the order of its wish; what `example_losses` does for one.
 
     Raises:
         OutOfMemory: memory ran out.
+        Abandoned: `heed`, which is called between micro-batches, raised it.
     """
     losses = {wish.member: np.zeros(len(wish.rows)) for wish in wishes}
     place = {wish.member: {row: number for number, row in enumerate(wish.rows)} for wish in wishes}
-    try:
+
+    def score_all() -> None:
         with stack.shared() as model, evaluating(model):
             for micro_batch in _arranged(wishes, micro_batch_tokens, computation):
+                heed()
                 batch = _seated(stack, micro_batch, data, world)
                 token_losses = computation.token_losses(model, batch).double()
                 rows = [(seat.member, row) for seat in micro_batch for row in seat.rows]
@@ -93,11 +101,9 @@ def shared_losses(
                 sums.index_add_(0, batch.documents, token_losses)
                 for (member, row), total in zip(rows, sums.tolist(), strict=True):
                     losses[member][place[member][row]] = total
-    except (MemoryError, RuntimeError) as error:
-        pass
-    else:
-        return losses
-    raise OutOfMemory
+
+    on_every_process(score_all, world)
+    return losses
 
 
 def _arranged(wishes: Sequence[Wish], micro_batch_tokens: int, computation: Computation) -> list[MicroBatch]:
