@@ -41,9 +41,18 @@ SAMPLE_TOKENS = 64
 
 
 def write_results(
-    folder: RunFolder, model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop, emit: Emit
+    folder: RunFolder,
+    model: PreTrainedModel | PeftModel,
+    prepared: Prepared,
+    loop: Loop,
+    emit: Emit,
+    base_texts: Sequence[str] | None = None,
 ) -> Summary:
-    """Write the result of a finished run; every process calls it, the main one writes."""
+    """Write the result of a finished run; every process calls it, the main one writes.
+
+    Args:
+        base_texts: what the base makes of the sample prompts, where it is known: `base_samples`.
+    """
     if not loop.world.is_main:
         loop.world.wait()
         return _summary(folder, prepared, loop)
@@ -54,7 +63,7 @@ def write_results(
         card = model_card(folder.path.name, prepared.plan, summary.as_json(), _sources(prepared.config))
         write_text(folder.adapter_dir / "README.md", card)
     emit(Working("writing samples"))
-    samples = _samples(model, prepared, loop)
+    samples = _samples(model, prepared, loop, base_texts)
     write_text(folder.report_file, _report(folder, prepared, loop, summary, samples))
     write_json(folder.summary_file, summary.as_json())  # last: a run that has one is finished
     loop.world.wait()
@@ -124,29 +133,45 @@ def _mean(losses: list[list[float]]) -> float:
     return sum(loss for loss, _ in losses) / total if total else float("nan")
 
 
-def _samples(model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop) -> list[Sample]:
-    """What base and adapter make of the first validation prompts; nothing in full fine-tuning, whose base is gone."""
+def base_samples(model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop) -> list[str]:
+    """What the base makes of the first validation prompts; nothing in full fine-tuning, whose base is gone."""
     from peft import PeftModel
 
     if prepared.validation is None or not isinstance(model, PeftModel):
         return []
-    rows = [prompt_and_reference(prepared.validation, i) for i in range(min(SAMPLES, len(prepared.validation)))]
-    prompts = [prompt for prompt, _ in rows]
-    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS)
-    common = (loop.learner.computation, prepared.tokenizer, prompts, prepared.stop_token_ids, sampling)
-    trained = generate_batch(causal_lm(model), *common)
     with model.disable_adapter():
-        base = generate_batch(causal_lm(model), *common)
-    decode = prepared.tokenizer.decode
+        return _texts(model, prepared, loop)
+
+
+def _samples(
+    model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop, base_texts: Sequence[str] | None
+) -> list[Sample]:
+    """What base and adapter make of the same prompts."""
+    before = base_samples(model, prepared, loop) if base_texts is None else base_texts
+    if not before:
+        return []
+    after, decode = _texts(model, prepared, loop), prepared.tokenizer.decode
     return [
         Sample(
             prompt=str(decode(prompt)),
             reference=str(decode(reference, skip_special_tokens=True)),
-            base=before.text,
-            adapter=after.text,
+            base=base,
+            adapter=adapter,
         )
-        for (prompt, reference), before, after in zip(rows, base, trained, strict=True)
+        for (prompt, reference), base, adapter in zip(_sample_rows(prepared), before, after, strict=True)
     ]
+
+
+def _texts(model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop) -> list[str]:
+    prompts, sampling = [prompt for prompt, _ in _sample_rows(prepared)], Sampling(max_new_tokens=SAMPLE_TOKENS)
+    computation, stops = loop.learner.computation, prepared.stop_token_ids
+    answers = generate_batch(causal_lm(model), computation, prepared.tokenizer, prompts, stops, sampling)
+    return [answer.text for answer in answers]
+
+
+def _sample_rows(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
+    assert prepared.validation is not None
+    return [prompt_and_reference(prepared.validation, i) for i in range(min(SAMPLES, len(prepared.validation)))]
 
 
 def prompt_and_reference(examples: Examples, index: int) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ config -> Prepared (data, tokenizer, plan) -> Learner (weights, optimizer) -> Lo
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -139,13 +139,19 @@ def _run(
     return summary
 
 
-def conclude(model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop, emit: Emit) -> Summary:
-    """What a loop that is over leaves in its folder."""
+def conclude(
+    model: PreTrainedModel | PeftModel,
+    prepared: Prepared,
+    loop: Loop,
+    emit: Emit,
+    base_texts: Sequence[str] | None = None,
+) -> Summary:
+    """What a loop that is over leaves in its folder; `base_texts` as `write_results` takes them."""
     position, folder = loop.position, loop.folder
     _say_if_worse(position, emit)
     if prepared.config.train.load_best_model_at_end and position.best_step is not None:
         load_parameters(folder.checkpoint(position.best_step), loop.learner.parameters)
-    return write_results(folder, model, prepared, loop, emit)
+    return write_results(folder, model, prepared, loop, emit, base_texts)
 
 
 def _say_if_worse(position: Position, emit: Emit) -> None:
