@@ -68,11 +68,9 @@ def measure(config: Path, threads: int) -> dict[str, Any]:
     Raises:
         SystemExit: a command failed, or losses differ.
     """
-    folder, environment = config.parent, os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "LORA_CACHE_DIR": str(config.parent / "cache"),
-    }
+    folder = config.parent
+    cache = str(folder / "cache")
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "LORA_CACHE_DIR": cache}
     from lora_cli.config import load_grid
 
     members = load_grid(config, (), GRID).members
@@ -94,7 +92,9 @@ def measure(config: Path, threads: int) -> dict[str, Any]:
     sweep_seconds = time.perf_counter() - began
     leaderboard = json.loads((folder / "sweep" / "leaderboard.json").read_text())
     shared = [_losses(folder / "sweep" / member.name) for member in members]
-    apart = max(abs(a - b) / b for one, other in zip(shared, losses, strict=True) for a, b in zip(one, other, strict=True))
+    apart = max(
+        abs(a - b) / b for one, other in zip(shared, losses, strict=True) for a, b in zip(one, other, strict=True)
+    )
     if apart > TOLERANCE:
         raise SystemExit(f"losses differ by {apart:.1e}")
     shutil.rmtree(folder / "alone")

@@ -18,15 +18,19 @@ from lora_cli.config.secrets import redact
 _DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
-def dump_config(config: Config) -> str:
-    """Every field of `config`, in the schema's order, as YAML 1.2."""
+def dump_config(config: Config, *, given_only: bool = False) -> str:
+    """Every field of `config`, in the schema's order, as YAML 1.2.
+
+    Args:
+        given_only: without defaults, of which some follow from other settings.
+    """
     yaml = YAML()
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.width = 10_000
     yaml.indent(mapping=2, sequence=4, offset=2)
     text = io.StringIO()
-    yaml.dump(_plain(with_absolute_paths(config).model_dump()), text)
+    yaml.dump(_plain(with_absolute_paths(config).model_dump(exclude_unset=given_only)), text)
     return redact(text.getvalue())
 
 

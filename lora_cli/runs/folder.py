@@ -19,6 +19,8 @@ from typing import Any
 from lora_cli.errors import RunFolderError
 from lora_cli.runs.atomic import remove_leftovers, without_infinities
 
+SWEEP_FILE = "sweep.yaml"
+"""What tells the folder of a sweep from that of a run."""
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 
 
@@ -83,6 +85,11 @@ class RunFolder:
     def refuse_occupied(self, *, resume: bool = False) -> None:
         """Raises if a run can't be written here. Creates nothing: for before the expensive work."""
         _refuse_other_than_folders(self.path)
+        if os.path.lexists(self.path / SWEEP_FILE):
+            raise RunFolderError(
+                f"{self.path} holds a sweep, whose members have run folders of their own in it",
+                remedy="Name one of them, or write a new run elsewhere with --output-dir.",
+            )
         if self.holds_run and not resume:
             raise RunFolderError(
                 f"{self.path} holds another run",
@@ -93,15 +100,19 @@ class RunFolder:
     def claim(self, *, resume: bool = False) -> Iterator[None]:
         """Creates the folder and keeps every other process out of it while the block runs."""
         self.refuse_occupied(resume=resume)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
+        self.create()
         with self.lock():
             # Another process may have begun a run here since the first look.
             self.refuse_occupied(resume=resume)
             remove_leftovers(self.path)
             yield
+
+    def create(self) -> None:
+        """Makes the folder, if it isn't there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:

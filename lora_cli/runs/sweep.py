@@ -1,4 +1,4 @@
-"""The folder of a sweep: what it keeps beside the run folders of its members. Knows nothing about what the files say."""
+"""The folder of a sweep: what it keeps beside its members' run folders. Knows nothing of what the files say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import RunFolderError
-from lora_cli.runs.folder import RunFolder
+from lora_cli.runs.folder import SWEEP_FILE, RunFolder
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SweepFolder:
     @property
     def config_file(self) -> Path:
         """The config with its grid."""
-        return self.path / "sweep.yaml"
+        return self.path / SWEEP_FILE
 
     @property
     def state_file(self) -> Path:
@@ -41,8 +41,9 @@ class SweepFolder:
 
     def refuse_occupied(self, *, resume: bool = False) -> None:
         """Raises if a sweep can't be written here, or isn't there to be gone on with. Creates nothing."""
-        RunFolder(self.path).refuse_occupied()
-        if self.holds_sweep and not resume:
+        if not self.holds_sweep:
+            RunFolder(self.path).refuse_occupied()
+        elif not resume:
             raise RunFolderError(
                 f"{self.path} holds another sweep",
                 remedy="Continue it with --resume, or write the new one elsewhere with --output-dir.",
@@ -52,6 +53,9 @@ class SweepFolder:
     def claim(self, *, resume: bool = False) -> Iterator[None]:
         """Creates the folder and keeps every other process out of it while the block runs."""
         self.refuse_occupied(resume=resume)
-        with RunFolder(self.path).claim():
+        own = RunFolder(self.path)
+        own.create()
+        with own.lock():
+            # Another process may have begun a sweep here since the first look.
             self.refuse_occupied(resume=resume)
             yield

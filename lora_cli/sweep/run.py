@@ -44,7 +44,6 @@ from lora_cli.train.run import base_fingerprint, conclude, write_origin
 from lora_cli.train.signals import without_save_requests
 from lora_cli.train.trackers import Trackers
 
-
 MICRO_BATCHES_AT_ONCE = 4
 """Rows of several members through the model at once, in micro-batches of one run."""
 
@@ -90,7 +89,8 @@ def _sweep(grid: Grid, resume: bool, emit: Emit) -> SweepSummary:
         claims.enter_context(folder.claim(resume=resume))
         for candidate in candidates:
             claims.enter_context(folder.member(candidate.name).claim(resume=resume))
-        write_text(folder.config_file, dump_config(grid.config))
+        # Defaults stay out of it: some, such as lora_alpha, follow from what the grid varies.
+        write_text(folder.config_file, dump_config(grid.config, given_only=True))
         state.write(folder)
         try:
             return _run(grid, folder, candidates, stack, learners, state, world, resume, emit)
@@ -172,9 +172,7 @@ def _tokens_at_once(grid: Grid, members: Sequence[Member], world: World) -> int:
     return own * MICRO_BATCHES_AT_ONCE if asked == "auto" and world.device.type == "cpu" else own
 
 
-def _loop(
-    candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit
-) -> Loop:
+def _loop(candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit) -> Loop:
     prepared, own = candidate.prepared, folder.member(candidate.name)
     voice = _voice(candidate.name, emit)
     position = start_position(own, learner, prepared, world, resume and newest_checkpoint(own) is not None, voice)

@@ -49,10 +49,10 @@ class Adapter:
         layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
         head = base.get_output_embeddings()
         for name, layer in layers.items():
-            if not layer.lora_A or layer.get_base_layer() is head:
+            is_head = layer is head or layer.get_base_layer() is head
+            if not layer.lora_A or is_head:
                 raise ModelError(
-                    f"a sweep can't share {name}: {'the head' if layer.get_base_layer() is head else 'an embedding'} "
-                    "isn't run over whole rows",
+                    f"a sweep can't share {name}: {'the head' if is_head else 'an embedding'} isn't run over whole rows",
                     remedy="Leave it out of adapter.target_modules, or train its members one by one with lora train.",
                 )
         adapter = cls(model, layers, base.__dict__.pop("peft_config", None))
