@@ -16,24 +16,32 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lora_cli.config import QuantizationConfig
-from lora_cli.engine.memory.loading import label_weights, load_on_meta
+from lora_cli.engine.memory.loading import label_weights, load_on_meta, without_initial_values
 from lora_cli.engine.memory.pretend import pretend
 from lora_cli.engine.memory.replay import Replay, replay
-from lora_cli.engine.memory.scratch import workspace_bytes
-from lora_cli.engine.memory.trace import Trace
+from lora_cli.engine.memory.trace import EMPTY_CACHE, Trace
 from lora_cli.engine.memory.tracer import Tracer
 from lora_cli.engine.target import Target
 
 MIB = 2**20
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZES_IN_TURN = (5, 4)
+"""transformers from here on brings a weight to the card when its turn to be quantized comes; before, THREADS did."""
+THREADS = 4
+"""transformers' GLOBAL_WORKERS."""
+EMPTIES_CACHE = (0, 20)
+"""PEFT from here on empties the cache in prepare_model_for_kbit_training."""
 PHASES = {"forward": "peak_forward_mib", "backward": "peak_backward_mib", "update": "peak_optimizer_mib"}
 
 
@@ -73,52 +81,72 @@ def stock_trace(row: dict[str, Any], models: Path) -> Trace:
     target, dtype = target_of(row["gpu"], row["attn"]), DTYPES[row["compute_dtype"]]
     quantization = QuantizationConfig(**row["quant"]) if row.get("quant") else None
     tracer = Tracer("meta", target, config.get_text_config().vocab_size, truth=True)
-    with tracer, pretend(target):
+    with tracer, pretend(target), grouped_heads_expanded(row["attn"] == "sdpa_efficient"):
         tracer.trace.mark("load")
-        attention = "eager" if row["attn"] == "eager" else "sdpa"
         base = load_on_meta(
             config,
             tracer,
             dtype=dtype,
-            attention=attention,
+            attention="eager" if row["attn"] == "eager" else "sdpa",
             quantization=quantization,
-            warm_up=quantization is not None,  # a quantized base needs a device_map; any other goes by `.to("cuda")`
+            warm_up=quantization is not None,  # a quantized base needs a device_map; any other goes by `.cuda()`
+            ahead=0 if quantization is None or version_of(row, "transformers") >= QUANTIZES_IN_TURN else THREADS - 1,
         )
-        model = prepared(base, row, quantization is not None)
+        model = prepared(base, row, tracer)
         label_weights(model, tracer)
         parameters = [p for p in model.parameters() if p.requires_grad]
         tracer.watch_layers(model)
         tracer.watch_gradients(parameters)
         optimizer = optimizer_of(row["optimizer"], parameters)
         ids = torch.zeros((row["batch"], row["seq_len"]), dtype=torch.long, device=target.device)
-        two_steps(model, optimizer, ids, tracer, workspace_bytes(target))
+        two_steps(model, optimizer, ids, tracer)
     return tracer.trace
 
 
-def prepared(model: PreTrainedModel, row: dict[str, Any], quantized: bool) -> nn.Module:
+def prepared(model: PreTrainedModel, row: dict[str, Any], tracer: Tracer) -> nn.Module:
     """What the recipe does between loading and training."""
     from peft import LoraConfig, get_peft_model
 
-    if quantized:  # prepare_model_for_kbit_training
+    model.config.use_cache = False
+    if row.get("quant"):  # what prepare_model_for_kbit_training does to memory
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.to(torch.float32)
-    model.config.use_cache = False
+        if version_of(row, "peft") >= EMPTIES_CACHE:
+            tracer.trace.mark(EMPTY_CACHE)
+    adapted: nn.Module = model.requires_grad_(row["method"] == "full")
+    if row["method"] != "full":
+        with without_initial_values():
+            adapted = get_peft_model(
+                model,
+                LoraConfig(r=row["rank"], target_modules=row["targets"], lora_dropout=0.0, task_type="CAUSAL_LM"),
+            )
     if row["grad_ckpt"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if row["method"] == "full":
-        model.requires_grad_(True)
-        model.train()
-        return model
-    with torch.device("meta"):
-        adapted: nn.Module = get_peft_model(
-            model,
-            LoraConfig(r=row["rank"], target_modules=row["targets"], lora_dropout=0.0, task_type="CAUSAL_LM"),
-        )
+        model.enable_input_require_grads()
     for parameter in adapted.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     return adapted.train()
+
+
+@contextmanager
+def grouped_heads_expanded(wanted: bool) -> Iterator[None]:
+    """PyTorch's memory-efficient attention knows no grouped heads: a program that asks for it expands them."""
+    if not wanted:
+        yield
+        return
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def expanded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        groups = query.size(-3) // key.size(-3)
+        if groups > 1:
+            key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
+            kwargs.pop("enable_gqa", None)
+        return attention(query, key, value, *args, **kwargs)
+
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", expanded):
+        yield
 
 
 def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -134,22 +162,28 @@ def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optim
     raise ValueError(f"optimizer {name} is not in the stock recipe")
 
 
-def two_steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, tracer: Tracer, workspace: int
-) -> None:
-    tracer.phase = "forward"
-    tracer.keep_workspace(workspace)  # cuBLAS of this thread; the autograd thread's comes with the first backward
+def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, tracer: Tracer) -> None:
     for step in (1, 2):
-        tracer.trace.mark(f"step {step}")
-        tracer.trace.mark("forward")
-        output = model(input_ids=ids, labels=ids)
-        if step == 1:
-            tracer.keep_workspace(workspace)
-        output.loss.backward()
-        with tracer.during("update"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        del output
+        one_step(model, optimizer, ids, tracer, f"step {step}")
+
+
+def one_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, tracer: Tracer, name: str
+) -> None:
+    """As its authors wrote it: gradients go when the next step begins, the output with the function's end."""
+    optimizer.zero_grad(set_to_none=True)
+    tracer.trace.mark(name)
+    tracer.begin("forward")
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    with tracer.during("update"):
+        optimizer.step()
+
+
+def version_of(row: dict[str, Any], package: str) -> tuple[int, ...]:
+    """Of a package that the row was measured with; far in the future where the row doesn't say."""
+    numbers = re.match(r"(\d+)\.(\d+)", (row.get("software") or {}).get(package) or "")
+    return (int(numbers[1]), int(numbers[2])) if numbers else (99, 0)
 
 
 def target_of(gpu: str, attention: str) -> Target:

@@ -22,9 +22,8 @@ from lora_cli.config import Config
 from lora_cli.engine.assembly import attach, causal_lm, leave_out_side_outputs, trainable_parameters
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation
-from lora_cli.engine.memory.loading import label_weights, load_on_meta
+from lora_cli.engine.memory.loading import label_weights, load_on_meta, without_initial_values
 from lora_cli.engine.memory.pretend import pretend
-from lora_cli.engine.memory.scratch import workspace_bytes
 from lora_cli.engine.memory.trace import Trace
 from lora_cli.engine.memory.tracer import Tracer
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
@@ -107,7 +106,7 @@ def _rehearse(
             trust_remote_code=config.model.trust_remote_code,
         )
         leave_out_side_outputs(base)
-        with torch.device("meta"):
+        with without_initial_values():
             model = attach(base, config, computation)
         label_weights(model, tracer)
         learner = learner_of(model, config, computation, target, tracer)
@@ -139,16 +138,12 @@ def learner_of(
 def take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: Tracer) -> None:
     """Two optimizer steps; in the first the optimizer's state is born."""
     world = World(0, 1, target.device, state=None)
-    workspace = workspace_bytes(target)
-    tracer.keep_workspace(workspace)
     for step in (1, 2):
         tracer.trace.mark(f"step {step}")
         tracer.begin("forward")
         count = min(step, shape.per_step)
         supervised = count * sum(length - 1 for length in shape.document_lengths)
         train_step(learner, _batches(count, shape, target, tracer), supervised, world)
-        if step == 1:
-            tracer.keep_workspace(workspace)  # of the autograd engine's thread
     tracer.trace.mark("end")
 
 

@@ -21,21 +21,44 @@ Sizes = Callable[[tuple[Any, ...]], list[int]]
 def workspace_bytes(target: Target) -> int:
     """cuBLAS's workspace of one handle and stream, from PyTorch's allocator and kept for the process.
 
-    `aten/src/ATen/cuda/CublasHandlePool.cpp`, parseChosenWorkspaceSize: 32 MiB on Hopper and newer data-center
-    architectures, else `:4096:2:16:8`, which is 8,320 KiB.
+    `aten/src/ATen/cuda/CublasHandlePool.cpp`, parseChosenWorkspaceSize: 32 MiB from Hopper on (Blackwell since pull
+    request 175344), else `:4096:2:16:8`, which is 8,320 KiB.
     """
     if target.kind == "cpu":
         return 0
-    return 32 * 2**20 if target.capability[0] in (9, 10) else (4096 * 2 + 16 * 8) * 1024
+    return 32 * 2**20 if target.capability >= (9, 0) else (4096 * 2 + 16 * 8) * 1024
+
+
+LT_WORKSPACE_BYTES = 2**20
+"""cuBLASLt's, likewise: same file, parseCUDABlasLtWorkspaceSize; getCUDABlasLtWorkspace keeps it apart from cuBLAS's."""
+
+_CUBLAS = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default}
+    | {aten.dot.default, aten.vdot.default}
+)
+
+
+def libraries(func: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The libraries whose workspace an operator asks for: taken when a thread first needs it, and kept.
+
+    `aten/src/ATen/native/cuda/Blas.cpp`, addmm_out_cuda_impl: a product with a bias vector goes through cuBLASLt, whose
+    handle is cuBLAS's.
+    """
+    if func not in _CUBLAS:
+        return ()
+    return ("cublas", "cublaslt") if func is aten.addmm.default and args[0].dim() == 1 else ("cublas",)
 
 
 class Scratch:
     """What the kernels of a target take within one call."""
 
     def __init__(self, target: Target) -> None:
-        self._rules: dict[Any, Sizes] = _CUDA if target.kind == "cuda" else {}
-        self.parts = {**_PARTS, **_PARTS_ON_CUDA} if target.kind == "cuda" else _PARTS
-        """Operators to be recorded as what they consist of."""
+        self._cuda = target.kind == "cuda"
+        self._rules: dict[Any, Sizes] = _CUDA if self._cuda else {}
+
+    def parts(self, func: Any) -> Callable[..., Any] | None:
+        """What an operator consists of, where that is what has to be recorded."""
+        return _PARTS.get(func) or (_PARTS_ON_CUDA.get(func) if self._cuda else None)
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> list[int]:
         rule = self._rules.get(func)
@@ -83,11 +106,38 @@ _PARTS_ON_CUDA: dict[Any, Callable[..., Any]] = {}
 
 
 def register_bitsandbytes() -> None:
-    """Add bitsandbytes' kernels, whose operators exist once it is imported.
-
-    `bitsandbytes/backends/cuda/ops.py`, gemm_4bit: from some hundred rows on it multiplies by the dequantized weight.
-    """
+    """Add bitsandbytes' kernels, whose operators exist once it is imported."""
     import bitsandbytes  # noqa: F401
-    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
-    _PARTS_ON_CUDA[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit_default_impl
+    _PARTS_ON_CUDA[torch.ops.bitsandbytes.gemm_4bit.default] = _gemm_4bit
+    _PARTS_ON_CUDA[torch.ops.bitsandbytes.quantize_4bit.default] = _quantize_4bit
+
+
+def _gemm_4bit(
+    values: Tensor,
+    packed: Tensor,
+    shape: list[int],
+    absmax: Tensor,
+    blocksize: int,
+    kind: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """`bitsandbytes/backends/cuda/ops.py`, _dequant_linear_fallback: a product by the dequantized weight.
+
+    Up to some hundred rows a fused kernel can take its place, which needs less.
+    """
+    if absmax_8bit is not None:
+        scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
+        absmax = scales + absmax_offset
+    weight = torch.empty(shape, dtype=values.dtype, device="meta")
+    return torch.nn.functional.linear(values, weight, bias)
+
+
+def _quantize_4bit(values: Tensor, blocksize: int, kind: str, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`bitsandbytes/backends/cuda/ops.py`, quantize_4bit: scales first, then the packed weight."""
+    count = values.numel()
+    absmax = torch.empty(-(count // -blocksize), dtype=torch.float32, device="meta")
+    return torch.empty(((count + 1) // (storage.itemsize * 2), 1), dtype=storage, device="meta"), absmax

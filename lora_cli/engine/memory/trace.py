@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 WORKSPACE = "library workspace"
 """The operator of a birth that no operator made: a library's workspace, kept for good."""
 
+EMPTY_CACHE = "empty cache"
+"""The mark at which the allocator gives back what it has cached."""
+
 
 @dataclass
 class Birth:
@@ -32,7 +35,7 @@ class Trace:
     events: list[int] = field(default_factory=list)
     """`i + 1`: storage i is born; `-(i + 1)`: it dies."""
     marks: list[tuple[int, str]] = field(default_factory=list)
-    """Number of events at which something begins: `load`, `step 1`, `step 2`, a phase, `empty cache`."""
+    """Number of events at which something begins: `load`, `step 1`, `step 2`, a phase, or EMPTY_CACHE."""
 
     def mark(self, name: str) -> None:
         self.marks.append((len(self.events), name))
