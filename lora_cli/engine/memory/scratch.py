@@ -62,6 +62,8 @@ class Scratch:
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> list[int]:
         rule = self._rules.get(func)
+        if rule is None and self._cuda and func.name() == "torch_attn::_varlen_attn_backward":
+            rule = _varlen_backward  # its operator exists once attention by documents has been imported
         return [] if rule is None else rule(args)
 
 
@@ -83,9 +85,35 @@ def _flash_backward(args: tuple[Any, ...]) -> list[int]:
     return sizes
 
 
+def _varlen_backward(args: tuple[Any, ...]) -> list[int]:
+    """The same file, mha_varlen_bwd: 128 more rows for each document, and keys and values expanded over grouped heads."""
+    _, query, key, _, _, _, starts, *_ = args  # [T, H, E]
+    total, heads, size = query.shape
+    rows, wide = total + 128 * (starts.shape[0] - 1), -(-size // 32) * 32
+    sizes = [heads * rows * 4, rows * heads * wide * 4]
+    if key.shape[1] != heads:
+        sizes += 2 * [key.shape[0] * heads * size * key.element_size()]
+    return sizes
+
+
+def _efficient_backward(args: tuple[Any, ...]) -> list[int]:
+    """`aten/src/ATen/native/transformers/cuda/attention_backward.cu` and `mem_eff_attention/kernel_backward.h`.
+
+    In float32 delta is a product that is summed (kKernelComputesDelta is for 16 bits); in 16 bits the kernel computes
+    it, and adds up the queries' gradient in float32 tiles of 64 by 64 (kNeedsAccumGradQ).
+    """
+    grad = args[0]  # [B, H, L, E]
+    batch, heads, length, size = grad.shape
+    delta = batch * heads * length * 4
+    if grad.dtype == torch.float32:
+        return [grad.numel() * 4, delta, delta]
+    return [delta, batch * heads * (-(-length // 64) * 64) * (-(-size // 64) * 64) * 4]
+
+
 _CUDA: dict[Any, Sizes] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
 }
 
 
