@@ -228,8 +228,8 @@ def _largest(question: Question, need: Need, known: int | None) -> int | None:
 
 def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
     """The model's config.json, and a config that needs no weights: an adapter's settings in place of its path."""
-    from lora_cli.model.architecture import read_architecture
-    from lora_cli.model.weights import check_prequantized
+    from lora_cli.model.architecture import build_on_meta, read_architecture
+    from lora_cli.model.weights import check_prequantized, quantization_reach, refuse_partial
 
     architecture = read_architecture(config.model)
     came_quantized = vars(architecture).get("quantization_config")
@@ -242,6 +242,9 @@ def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
         from lora_cli.engine.planning import settings_of
 
         config = config.model_copy(update={"adapter": settings_of(adapter.path, config)})
+    if config.model.quantization is not None:
+        base = build_on_meta(architecture, trust_remote_code=config.model.trust_remote_code)
+        refuse_partial(quantization_reach(base), config.model.quantization)
     if config.model.quantization is not None and config.model.quantization.type == "int8":
         raise ModelError(
             "cannot trace int8: which values bitsandbytes treats as outliers depends on the data",

@@ -35,6 +35,7 @@ class Need:
     shape: MicroBatches
     replayed: Replay
     trace: Trace = field(repr=False)
+    _capped: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def context_bytes(self) -> int:
@@ -46,8 +47,8 @@ class Need:
         return self.replayed.peak_reserved_bytes + self.context_bytes
 
     def process_bytes_on(self, card_bytes: int) -> int:
-        """On a card that is nearly full the allocator gives back what it has cached."""
-        return min(self.process_bytes, card_bytes) if self.fits(card_bytes) else self.process_bytes
+        """On a card that is nearly full the allocator gives back what it has cached; elsewhere `process_bytes`."""
+        return self.taken_on(card_bytes) or self.process_bytes
 
     @property
     def base_bytes(self) -> int:
@@ -56,17 +57,25 @@ class Need:
         return sum(self.replayed.components.get(kind, 0) for kind in kinds)
 
     def fits(self, card_bytes: int) -> bool:
-        """Whether a card of this size runs it with the margin to spare, its allocator giving back cached blocks."""
-        room = card_bytes - self.context_bytes
-        if self.replayed.peak_reserved_bytes * (1 + MARGIN) <= room:
-            return True
-        if self.replayed.peak_allocated_bytes * (1 + MARGIN) > room:
-            return False
-        try:
-            replay(self.trace, capacity_bytes=int(room / (1 + MARGIN)))
-        except OutOfCard:
-            return False
-        return True
+        """Whether a card of this size runs it with the margin to spare."""
+        return self.taken_on(card_bytes) is not None
+
+    def taken_on(self, card_bytes: int) -> int | None:
+        """What it takes of a card of this size with the margin kept free, its allocator giving back what it must.
+
+        None when it doesn't fit.
+        """
+        room = int((card_bytes - self.context_bytes) / (1 + MARGIN))
+        if self.replayed.peak_reserved_bytes <= room:
+            return self.process_bytes
+        if self.replayed.peak_allocated_bytes > room:
+            return None
+        if room not in self._capped:
+            try:
+                self._capped[room] = replay(self.trace, capacity_bytes=room).peak_reserved_bytes + self.context_bytes
+            except OutOfCard:
+                self._capped[room] = None
+        return self._capped[room]
 
 
 class Rehearsals:
