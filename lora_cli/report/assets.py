@@ -50,6 +50,8 @@ output {
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 11.5px; }
 svg path { fill: none; }
+.halo { stroke: var(--paper); stroke-width: 4px; paint-order: stroke; stroke-linejoin: round; }
+.bar { fill: var(--accent); }
 .grid { stroke: var(--faint); }
 .raw { stroke: var(--pale); stroke-width: 1.2; }
 .smooth, .line { stroke: var(--accent); stroke-linejoin: round; stroke-linecap: round; }
@@ -74,6 +76,8 @@ th { font-weight: 400; color: var(--soft); width: 170px; }
 .prompt { background: var(--card); }
 .answers { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 0 20px; }
 .words { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+.masked { background: var(--card); border-radius: 8px; padding: 10px 16px; margin: 8px 0; }
+ins { text-decoration: underline 2px var(--accent); text-underline-offset: 3px; }
 .same { color: var(--good); font-size: 12px; }
 mark { background: var(--mark); color: inherit; border-radius: 2px; }
 

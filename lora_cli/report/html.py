@@ -20,7 +20,14 @@ from lora_cli.report import numbers
 from lora_cli.report.assets import SCRIPT, STYLE
 from lora_cli.report.curves import thin
 from lora_cli.report.plots import PlotInput, render_plots
-from lora_cli.report.sections import Sample, render_config, render_data, render_environment, render_samples
+from lora_cli.report.sections import (
+    MaskedExample,
+    Sample,
+    render_config,
+    render_data,
+    render_environment,
+    render_samples,
+)
 from lora_cli.report.svg import Mark
 
 _LINES_EMBEDDED = 1000
@@ -47,6 +54,10 @@ class ReportInput:
     """Checkpoints, resumes, halvings. Epochs are read from the metrics."""
     data: Mapping[str, Any] | None = None
     """The account of the training rows: the fields of `DataAccount`."""
+    max_length: int | None = None
+    """At most so many tokens of an example are used."""
+    example: MaskedExample | None = None
+    """One training example, to see what the loss sees."""
     non_defaults: frozenset[str] = frozenset()
     """Dotted keys of the settings that aren't at their default."""
     max_grad_norm: float | None = None
@@ -62,7 +73,7 @@ def render_report(report: ReportInput) -> str:
         _head(report, training, evaluation),
         render_plots(plots),
         render_samples(report.samples),
-        render_data(report.data),
+        render_data(report.data, report.max_length, report.example),
         _repeat(report),
     ]
     return (

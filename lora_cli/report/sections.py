@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 from lora_cli.report import numbers
+from lora_cli.report.svg import Bar, draw_bars
 
 _SAMPLES_SHOWN = 5
 _CHARACTERS_SHOWN = 1500
@@ -28,6 +29,16 @@ class Sample:
     reference: str
     base: str
     adapter: str
+
+
+@dataclass(frozen=True)
+class MaskedExample:
+    """A training example as the loss sees it."""
+
+    place: str
+    """Where it stands: `train.jsonl:1`."""
+    pieces: Sequence[tuple[str, bool]]
+    """Its text in order, and whether each piece is trained."""
 
 
 def render_samples(samples: Sequence[Sample]) -> str:
@@ -76,7 +87,7 @@ def _marked(before: str, after: str) -> str:
     return html
 
 
-def render_data(data: Mapping[str, Any] | None) -> str:
+def render_data(data: Mapping[str, Any] | None, max_length: int | None, example: MaskedExample | None) -> str:
     """`data` holds the fields of `DataAccount`."""
     if data is None:
         return ""
@@ -97,7 +108,35 @@ def render_data(data: Mapping[str, Any] | None) -> str:
         more = len(places) - _PLACES_SHOWN
         also = f" and {numbers.counts(more)} more" if more > 0 else ""
         rows.append(("dropped", f"{numbers.counted(len(places), 'row')}, {reason}: {shown}{also}"))
-    return f"<section><h2>Data</h2>{_table(rows)}</section>"
+    return f"<section><h2>Data</h2>{_table(rows)}{_lengths(data['lengths'], max_length)}{_masked(example)}</section>"
+
+
+def _lengths(bins: Sequence[tuple[int, int]], max_length: int | None) -> str:
+    """How long the examples are, in bins that double."""
+    if not bins:
+        return ""
+    bars = [Bar(f"to {most:,}", count, numbers.counts(count)) for most, count in bins]
+    limit = f" data.max_length is {max_length:,}." if max_length is not None else ""
+    note = f"Examples by their number of tokens.{limit}"
+    return (
+        f"<h3>Lengths</h3><figure><figcaption>{note}</figcaption>{draw_bars('lengths of the examples', bars)}</figure>"
+    )
+
+
+def _masked(example: MaskedExample | None) -> str:
+    """One example, the trained words underlined: what the loss sees."""
+    if example is None:
+        return ""
+    left, html = _CHARACTERS_SHOWN, ""
+    for text, trained in example.pieces:
+        words = escape(text[:left])
+        html += f"<ins>{words}</ins>" if trained else words
+        left -= len(text)
+        if left <= 0:
+            html += " ..."
+            break
+    note = f"{escape(example.place)}; underlined is what is trained."
+    return f'<h3>One example</h3><figcaption>{note}</figcaption><p class="masked words">{html}</p>'
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes, curves, dots, marks. Deterministic, without script, sized by the page.
+"""Charts as inline SVG: axes, curves, dots, marks; and bars. Deterministic, without script, sized by the page.
 
 All colours are classes of the page's stylesheet. Charts given the same `steps` line up below each other.
 Knows nothing about training.
@@ -18,6 +18,8 @@ RIGHT = WIDTH - 10
 _TOP = 12
 _X_LABELS = 24
 _POINTS_PER_CURVE = 1000
+_BAR_PITCH = 22
+_BAR_NAMES = 110
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart."""
+
+    name: str
+    value: float
+    text: str
+    """The value in words, beside the bar."""
+
+
+@dataclass(frozen=True)
 class _Scale:
     """Maps `low` to `start` and `high` to `end`."""
 
@@ -89,17 +101,17 @@ def draw(chart: Chart) -> str:
             f'data-first="{first}" data-last="{max(last, first + 1)}" data-left="{LEFT}" data-right="{RIGHT}">'
         )
     ]
-    parts += [_row(chart.label(value), down(value)) for value in ticks(low, high, max(2, bottom // 32))]
+    parts += [_row(chart.label(value), down(value)) for value in _levels(low, high, bottom // 32)]
     if chart.numbered:
         whole = [step for step in ticks(first, max(last, first + 1), 8) if step % 1 == 0]
         parts += [_column(f"{step:,.0f}", across(step), bottom) for step in whole]
     parts += [_mark(mark, across(mark.step), bottom) for mark in chart.marks]
-    if chart.level is not None:
+    parts += [_curve(curve, across, down) for curve in chart.curves]
+    if chart.level is not None:  # over the curves, which may run along it
         y = down(chart.level.value)
         parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
         text = escape(chart.level.text)
-        parts.append(f'<text x="{RIGHT}" y="{y - 4:.1f}" text-anchor="end">{text}</text>')
-    parts += [_curve(curve, across, down) for curve in chart.curves]
+        parts.append(f'<text class="halo" x="{RIGHT}" y="{y - 4:.1f}" text-anchor="end">{text}</text>')
     for x, y in thin(finite(chart.dots), _POINTS_PER_CURVE):
         parts.append(f'<circle class="dot" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3"/>')
     if chart.ringed is not None:
@@ -107,6 +119,27 @@ def draw(chart: Chart) -> str:
         parts.append(f'<circle class="ring" cx="{across(x):.1f}" cy="{down(y):.1f}" r="7"/>')
     parts.append(f'<path class="cursor" d="M{LEFT} {_TOP}V{bottom}" visibility="hidden"/></svg>')
     return "".join(parts)
+
+
+def draw_bars(name: str, bars: Sequence[Bar]) -> str:
+    """Horizontal bars from zero, one below the other, as an `<svg>` element; `name` is for those who can't see it."""
+    along = _Scale(0, max(bar.value for bar in bars) or 1, _BAR_NAMES, RIGHT - 70)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {_BAR_PITCH * len(bars)}" role="img" aria-label="{escape(name)}">']
+    for index, bar in enumerate(bars):
+        middle, end = _BAR_PITCH * (index + 0.5), along(bar.value)
+        parts.append(f'<text x="{_BAR_NAMES - 8}" y="{middle + 4:.1f}" text-anchor="end">{escape(bar.name)}</text>')
+        width = end - _BAR_NAMES
+        parts.append(f'<rect class="bar" x="{_BAR_NAMES}" y="{middle - 7:.1f}" width="{width:.1f}" height="14"/>')
+        parts.append(f'<text x="{end + 8:.1f}" y="{middle + 4:.1f}">{escape(bar.text)}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _levels(low: float, high: float, count: int) -> list[float]:
+    """Round values for the axis: about `count`, and never fewer than two, which is what it takes to read a curve."""
+    count = max(2, count)
+    while len(levels := ticks(low, high, count)) < 2 and high > low:
+        count += 1
+    return levels
 
 
 def _range(chart: Chart) -> tuple[float, float]:

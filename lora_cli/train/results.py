@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +15,14 @@ import numpy as np
 from lora_cli.config import Config, Source
 from lora_cli.config.resolved import with_absolute_paths
 from lora_cli.data.examples import Examples
+from lora_cli.data.preview import token_texts
 from lora_cli.engine.assembly import causal_lm
 from lora_cli.engine.generation import Sampling, generate_batch
 from lora_cli.engine.planning import Prepared
 from lora_cli.plan import ModuleKind, ParameterReport
 from lora_cli.report.events import Emit, Summary, Working
 from lora_cli.report.html import ReportInput, render_report
-from lora_cli.report.sections import Sample
+from lora_cli.report.sections import MaskedExample, Sample
 from lora_cli.report.svg import Mark
 from lora_cli.runs.atomic import settle, write_json, write_text
 from lora_cli.runs.card import model_card
@@ -150,23 +153,48 @@ def prompt_and_reference(examples: Examples, index: int) -> tuple[list[int], lis
 
 
 def _report(folder: RunFolder, prepared: Prepared, summary: Summary, samples: list[Sample]) -> str:
-    config = prepared.config
+    config, metrics = prepared.config, folder.read_metrics()
     return render_report(
         ReportInput(
             name=folder.path.name,
             config_text=folder.config_file.read_text(encoding="utf-8"),
             environment=json.loads(folder.environment_file.read_text(encoding="utf-8")),
-            metrics=folder.read_metrics(),
+            metrics=metrics,
             summary=summary.as_json(),
             samples=samples,
             command="lora train config.yaml --output-dir NEW",
             warnings=(*prepared.plan.warnings, *prepared.plan.engine.notes),
-            marks=[Mark(step, "checkpoint", f"checkpoint at step {step:,}") for step in folder.checkpoint_steps()],
+            marks=_marks(folder.checkpoint_steps(), metrics),
             data=asdict(prepared.train.account),
+            max_length=config.data.max_length,
+            example=_first_example(prepared),
             non_defaults=_non_defaults(config),
             max_grad_norm=config.train.max_grad_norm,
         )
     )
+
+
+def _marks(checkpoints: Sequence[int], metrics: Sequence[Mapping[str, Any]]) -> list[Mark]:
+    """What happened on the way: checkpoints that are there, and micro-batches halved for want of memory."""
+    halvings = [line for line in metrics if line.get("out_of_memory")]
+    return [
+        *(Mark(step, "checkpoint", f"checkpoint at step {step:,}") for step in checkpoints),
+        *(
+            Mark(line["step"], "halving", f"out of memory: micro-batches of {line['micro_batch_tokens']:,} tokens")
+            for line in halvings
+        ),
+    ]
+
+
+def _first_example(prepared: Prepared) -> MaskedExample:
+    """The first training example, its text in pieces that are trained or not."""
+    example = prepared.train.example(0)
+    texts = token_texts(prepared.tokenizer, example.input_ids.tolist())
+    pairs = zip(texts, map(bool, example.trained), strict=True)
+    pieces = [
+        ("".join(text for text, _ in group), trained) for trained, group in groupby(pairs, key=lambda pair: pair[1])
+    ]
+    return MaskedExample(prepared.train.places[0], pieces)
 
 
 def _non_defaults(config: Config) -> frozenset[str]:

@@ -14,7 +14,7 @@ import pytest
 from lora_cli.plan import Plan
 from lora_cli.report.events import Summary
 from lora_cli.report.html import ReportInput, render_report
-from lora_cli.report.sections import Sample, render_config
+from lora_cli.report.sections import MaskedExample, Sample, render_config
 from lora_cli.report.svg import Mark
 
 HOSTILE = '</script><script>alert("1")</script><img src=x onerror=alert(1)>&amp;'
@@ -42,7 +42,9 @@ def report(plan: Plan, summary: Summary, line: Line) -> ReportInput:
             Mark(200, "checkpoint", "checkpoint at step 200"),
             Mark(250, "resume", "resumed after step 249"),
         ],
-        data=asdict(plan.data),
+        data={**asdict(plan.data), "lengths": ((512, 9000), (1024, 3000), (2048, 467))},
+        max_length=2048,
+        example=MaskedExample("train.jsonl:1", (("<user>When?", False), ("At <noon>.", True), ("\n", False))),
         non_defaults=frozenset({"data.train"}),
         max_grad_norm=1.0,
         estimated_bytes=int(11.5 * 2**30),
@@ -109,6 +111,7 @@ def test_text_from_data_and_models_is_text(report: ReportInput) -> None:
         warnings=[HOSTILE],
         marks=[Mark(5, "resume", HOSTILE)],
         data={**(report.data or {}), "reasons": {HOSTILE: [HOSTILE]}},
+        example=MaskedExample(HOSTILE, ((HOSTILE, True), (HOSTILE, False))),
     )
     page = Page(render_report(hostile))
     assert page.open == []
@@ -162,7 +165,7 @@ def test_sections_without_data_do_not_appear(report: ReportInput) -> None:
 def test_a_single_line_can_be_drawn(report: ReportInput, line: Line) -> None:
     text = render_report(replace(report, metrics=[line(1)], marks=()))
     assert "nan" not in text[: text.index("<script")].lower()
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
 
 
 def test_the_head_answers_first(report: ReportInput) -> None:
@@ -206,3 +209,34 @@ def test_the_base_evaluated_at_step_0_stands_inside_the_plot(report: ReportInput
     dots = [float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', page)]
     assert dots
     assert min(dots) >= min(lefts)
+
+
+def test_bars_are_as_long_as_their_counts(report: ReportInput) -> None:
+    text = render_report(report)
+    widths = [float(width) for width in re.findall(r'class="bar"[^>]* width="([\d.]+)"', text)]
+    assert [width / widths[0] for width in widths] == pytest.approx([1, 1 / 3, 467 / 9000], abs=1e-3)
+    assert "data.max_length is 2,048." in text
+    assert ">to 512<" in text and ">9,000<" in text
+
+
+def test_one_example_shows_what_is_trained(report: ReportInput) -> None:
+    text = render_report(report)
+    assert "&lt;user&gt;When?<ins>At &lt;noon&gt;.</ins>\n</p>" in text
+    assert "train.jsonl:1; underlined" in text
+
+
+def test_a_long_example_is_cut(report: ReportInput) -> None:
+    example = MaskedExample("a:1", [("x" * 10_000, False), ("answer", True)])
+    text = render_report(replace(report, example=example))
+    assert "xxx ...</p>" in text
+    assert "<ins>" not in text[text.index("One example") :]
+
+
+@pytest.mark.parametrize("highest", [4e-3, 1.9e-4, 5e-5, 1.0, 3.03, 2400.0])
+def test_every_curve_can_be_read_off_its_axis(report: ReportInput, line: Line, highest: float) -> None:
+    metrics = [{**line(step), "learning_rate": highest * (100 - step) / 100} for step in range(10, 100, 10)]
+    text = render_report(replace(report, metrics=metrics))
+    chart = text[text.index('aria-label="learning rate"') :]
+    levels = re.findall(r'class="grid"[^>]*/><text[^>]*>([^<]+)<', chart[: chart.index("</svg>")])
+    assert len(levels) >= 2
+    assert len(set(levels)) == len(levels)
