@@ -135,6 +135,9 @@ def estimate(
     vram: Annotated[float | None, typer.Option(min=0, metavar="GIB", help="Memory of the card.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Look for the cheapest change that fits.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA.")] = False,
+    tflops: Annotated[
+        float | None, typer.Option(metavar="N", help="TFLOP/s that the card sustains: says how long it takes.")
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -147,7 +150,7 @@ def estimate(
     from lora_cli.report.console import show
     from lora_cli.report.estimate import render_estimate
 
-    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare)
+    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare, tflops=tflops)
     if as_json:
         print_json(result.as_json())
     else:

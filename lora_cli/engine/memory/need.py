@@ -46,6 +46,11 @@ class Need:
         """What nvidia-smi shows."""
         return self.replayed.peak_reserved_bytes + self.context_bytes
 
+    @property
+    def flops_per_token(self) -> float:
+        """Of one forward and backward pass, recomputed layers included, over a full micro-batch."""
+        return self.trace.flops["step 1"] / self.shape.num_tokens
+
     def process_bytes_on(self, card_bytes: int) -> int:
         """On a card that is nearly full the allocator gives back what it has cached; elsewhere `process_bytes`."""
         return self.taken_on(card_bytes) or self.process_bytes
@@ -86,6 +91,7 @@ class Rehearsals:
         self._proof = proof
         self._known: dict[tuple[str, Target], Need] = {}
         self._traces: dict[tuple[str, Target], Trace] = {}
+        self._replays: dict[tuple[str, Target, int], tuple[Replay, Trace]] = {}
 
     def need(self, config: Config, target: Target) -> Need:
         """The need of `config`; `micro_batch_tokens` and `gradient_checkpointing` must be resolved."""
@@ -95,17 +101,20 @@ class Rehearsals:
             tokens = config.train.micro_batch_tokens
             assert isinstance(tokens, int), "resolved by the caller"
             shape = worst_micro_batches(config, tokens, computation)
-            trace = self._trace(key[0], config, target, shape)
-            self._known[key] = Need(config, target, shape, replay(trace), trace)
+            self._known[key] = Need(config, target, shape, *self._replayed(key[0], config, target, shape))
         return self._known[key]
 
-    def _trace(self, name: str, config: Config, target: Target, shape: MicroBatches) -> Trace:
+    def _replayed(self, name: str, config: Config, target: Target, shape: MicroBatches) -> tuple[Replay, Trace]:
         """Ampere and what came after it run the same kernels; only cuBLAS's workspace differs."""
         alike = Target("cuda", (8, 0)) if target.capability >= (8, 0) else target
+        workspace = workspace_bytes(target)
         if (name, alike) not in self._traces:
             computation = self.computation(config, alike)
             self._traces[name, alike] = rehearse(config, self._architecture, computation, alike, shape)
-        return self._traces[name, alike].with_workspace(workspace_bytes(target))
+        if (name, alike, workspace) not in self._replays:
+            trace = self._traces[name, alike].with_workspace(workspace)
+            self._replays[name, alike, workspace] = (replay(trace), trace)
+        return self._replays[name, alike, workspace]
 
     def computation(self, config: Config, target: Target) -> Computation:
         """How the run's forward pass will go on the target."""

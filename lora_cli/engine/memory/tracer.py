@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_cli.engine.memory.operations import flops_of
 from lora_cli.engine.memory.scratch import LT_WORKSPACE_BYTES, Scratch, libraries, workspace_bytes
 from lora_cli.engine.memory.shapes import KnownShapes
 from lora_cli.engine.memory.trace import WORKSPACE, Birth, Trace
@@ -103,6 +104,8 @@ class Tracer(TorchDispatchMode):
                     self._see(item, func, args)
         if self._workspaces:
             self._take_workspaces(func, args)
+        if self._shapes is not None:
+            self.trace.count(flops_of(func, args, kwargs, result))
         if sizes:
             self.take_and_give_back(sizes, str(func))
         return result
