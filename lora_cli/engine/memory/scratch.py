@@ -44,6 +44,8 @@ def libraries(func: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
     `aten/src/ATen/native/cuda/Blas.cpp`, addmm_out_cuda_impl: a product with a bias vector goes through cuBLASLt, whose
     handle is cuBLAS's.
     """
+    if func is aten.linear.default:
+        return ("cublas", "cublaslt") if len(args) > 2 and args[2] is not None else ("cublas",)
     if func not in _CUBLAS:
         return ()
     return ("cublas", "cublaslt") if func is aten.addmm.default and args[0].dim() == 1 else ("cublas",)
