@@ -143,15 +143,16 @@ def take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: Tr
         tracer.begin("forward")
         count = min(step, shape.per_step)
         supervised = count * sum(length - 1 for length in shape.document_lengths)
-        train_step(learner, _batches(count, shape, target, tracer), supervised, world)
+        train_step(learner, worst_batches(count, shape, target.device), supervised, world)
     tracer.trace.mark("end")
 
 
-def _batches(count: int, shape: MicroBatches, target: Target, tracer: Tracer) -> Iterator[FlatBatch]:
+def worst_batches(count: int, shape: MicroBatches, device: torch.device) -> Iterator[FlatBatch]:
+    """Full micro-batches of one shape, every token supervised."""
     documents = [np.zeros(length, np.int64) for length in shape.document_lengths]
     trained = [np.ones(length, bool) for length in shape.document_lengths]
     for _ in range(count):
-        yield flatten(documents, trained, target.device)
+        yield flatten(documents, trained, device)
 
 
 @contextmanager
