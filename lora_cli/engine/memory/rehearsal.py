@@ -95,7 +95,7 @@ def _rehearse(
         truth=len(shape.document_lengths) == 1,
     )
     full = config.adapter is None
-    with _quiet(), tracer, pretend(target), _paged_aside(config.train.optim, tracer):
+    with _quiet(), tracer, pretend(target), paged_aside(config.train.optim, tracer):
         tracer.trace.mark("load")
         base = load_on_meta(
             architecture,
@@ -156,7 +156,7 @@ def worst_batches(count: int, shape: MicroBatches, device: torch.device) -> Iter
 
 
 @contextmanager
-def _paged_aside(optimizer: str, tracer: Tracer) -> Iterator[None]:
+def paged_aside(optimizer: str, tracer: Tracer) -> Iterator[None]:
     """A paged optimizer's state lies in managed memory, outside of PyTorch's allocator; the driver moves it to the host
     where the card is full."""
     if not optimizer.startswith("paged_"):
