@@ -1,7 +1,7 @@
 """Time and memory of `lora estimate-vram`: python scripts/bench_estimate.py
 
-Runs the command as a user would, in a process of its own: 8B in at most 10 s and 70B in at most 20 s on two cores, under
-2 GB each, imports included. Exits 1 where one of them is missed.
+Runs the command as a user would, in a process of its own: 8B in at most 10 s and 70B in at most 20 s on two cores,
+under 2 GB each, imports included. Exits 1 where one of them is missed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
 from memory_claims import Line, config_of
+
+from lora_cli.config import dump_config
 
 CASES = (
     (Line("Llama 3.1 8B", "LoRA", 2048), 10.0),
@@ -29,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for line, most_seconds in CASES:
             path = Path(folder) / "run.yaml"
-            path.write_text(yaml.safe_dump(config_of(line, Path(folder)).model_dump(mode="json")), encoding="utf-8")
+            path.write_text(dump_config(config_of(line, Path(folder))), encoding="utf-8")
             seconds, user_seconds, peak_bytes, code = run(["estimate-vram", str(path), "--json"])
             good = code == 0 and seconds <= most_seconds and peak_bytes <= MOST_BYTES
             missed |= not good

@@ -23,16 +23,26 @@ GIB = 2**30
 LLAMAS: dict[str, dict[str, Any]] = {
     "Llama 2 7B": {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32},
     "Llama 3.1 8B": {
-        **{"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
         "num_key_value_heads": 8,
     },
     "Llama 65B": {
-        **{"vocab_size": 32_000, "hidden_size": 8192, "intermediate_size": 22_016, "num_hidden_layers": 80},
+        "vocab_size": 32_000,
+        "hidden_size": 8192,
+        "intermediate_size": 22_016,
+        "num_hidden_layers": 80,
         "num_attention_heads": 64,
     },
     "Llama 3.1 70B": {
-        **{"vocab_size": 128_256, "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80},
-        **{"num_attention_heads": 64, "num_key_value_heads": 8},
+        "vocab_size": 128_256,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
     },
 }
 """As in the config.json of each; what isn't named has Llama's default."""
@@ -75,7 +85,7 @@ def main() -> None:
 
 def rows() -> list[str]:
     found = [
-        "| model | method | tokens | base weights | allocated | reserved | process | peak in | 4-bit double quant. saves |",
+        "| model | method | tokens | base weights | allocated | reserved | process | peak in | double quant. saves |",
         "|---|---|---:|---:|---:|---:|---:|---|---:|",
     ]
     with tempfile.TemporaryDirectory() as folder:

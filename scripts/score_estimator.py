@@ -211,8 +211,8 @@ def quantization_of(row: dict[str, Any]) -> QuantizationConfig | None:
     given = row.get("quant") or ("nf4" if row.get("method") == "qlora" else None)
     if given is None:
         return None
-    known = given if isinstance(given, dict) else {"type": str(given), "double_quant": False}
-    return QuantizationConfig(**{name: known[name] for name in ("type", "double_quant") if name in known})
+    known: Any = given if isinstance(given, dict) else {"type": str(given), "double_quant": False}
+    return QuantizationConfig(type=known["type"], double_quant=bool(known.get("double_quant")))
 
 
 def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -237,9 +237,7 @@ def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Ten
         one_step(model, optimizer, ids, tracer, f"step {step}")
 
 
-def one_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, tracer: Tracer, name: str
-) -> None:
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, tracer: Tracer, name: str) -> None:
     """As its authors wrote it: gradients go when the next step begins, the output with the function's end."""
     optimizer.zero_grad(set_to_none=True)
     tracer.trace.mark(name)
@@ -286,8 +284,8 @@ def score(row: dict[str, Any], found: Replay, seconds: float) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any], scored: dict[str, Any]) -> str:
-    name = f"{row['id']} {row['model'].split('/')[-1][:14]:14} {row.get('method') or 'lora':5} {attention_of(row)[:5]:5} "
-    name += f"{row.get('batch') or 1:2} x {row['seq_len']:5}"
+    name = f"{row['id']} {row['model'].split('/')[-1][:14]:14} {row.get('method') or 'lora':5} "
+    name += f"{attention_of(row)[:5]:5} {row.get('batch') or 1:2} x {row['seq_len']:5}"
     parts = [
         f"{kind} {scored[f'measured_{kind}_mib'] or 0:8.1f} {scored[f'{kind}_mib']:8.1f} {signed(scored, kind)}"
         for kind in ("allocated", "reserved")

@@ -144,7 +144,8 @@ def without_initial_values() -> Iterator[None]:
         return tensor
 
     names = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_", "orthogonal_")
-    with mock.patch.multiple("torch.nn.init", **dict.fromkeys(names, leave)):
+    left: dict[str, Any] = dict.fromkeys(names, leave)
+    with mock.patch.multiple("torch.nn.init", **left):
         yield
 
 

@@ -30,7 +30,7 @@ def workspace_bytes(target: Target) -> int:
 
 
 LT_WORKSPACE_BYTES = 2**20
-"""cuBLASLt's, likewise: same file, parseCUDABlasLtWorkspaceSize; getCUDABlasLtWorkspace keeps it apart from cuBLAS's."""
+"""cuBLASLt's, likewise: same file, parseCUDABlasLtWorkspaceSize; getCUDABlasLtWorkspace keeps it apart."""
 
 _CUBLAS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default}
@@ -88,7 +88,7 @@ def _flash_backward(args: tuple[Any, ...]) -> list[int]:
 
 
 def _varlen_backward(args: tuple[Any, ...]) -> list[int]:
-    """The same file, mha_varlen_bwd: 128 more rows for each document, and keys and values expanded over grouped heads."""
+    """The same file, mha_varlen_bwd: 128 more rows a document, and keys and values expanded over grouped heads."""
     _, query, key, _, _, _, starts, *_ = args  # [T, H, E]
     total, heads, size = query.shape
     rows, wide = total + 128 * (starts.shape[0] - 1), -(-size // 32) * 32
@@ -159,11 +159,12 @@ def _gemm_4bit(
 
     Up to some hundred rows a fused kernel can take its place, which needs less.
     """
-    if absmax_8bit is not None:
-        scales = torch.empty_like(absmax_8bit, dtype=torch.float32)
-        absmax = scales + absmax_offset
-    weight = torch.empty(shape, dtype=values.dtype, device="meta")
-    return torch.nn.functional.linear(values, weight, bias)
+    alive: list[Tensor] = []  # until the call's end
+    if absmax_8bit is not None and absmax_offset is not None:
+        alive.append(torch.empty_like(absmax_8bit, dtype=torch.float32))
+        alive.append(alive[0] + absmax_offset)
+    alive.append(torch.empty(shape, dtype=values.dtype, device="meta"))
+    return torch.nn.functional.linear(values, alive[-1], bias)
 
 
 def _quantize_4bit(values: Tensor, blocksize: int, kind: str, storage: torch.dtype) -> tuple[Tensor, Tensor]:
