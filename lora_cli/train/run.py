@@ -71,7 +71,7 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
         emit(Finished(finished))
         return finished
     emit(Planned(prepared.plan))
-    model, learner = _assemble(prepared, world, emit)
+    model, learner = assemble(prepared, world, emit)
     with folder.claim(resume=resume) if world.is_main else nullcontext():
         position = _start(folder, learner, prepared, world, resume, emit)
         if world.is_main:
@@ -79,7 +79,7 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
         return _run(folder, prepared, model, learner, position, world, emit)
 
 
-def _assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedModel | PeftModel, Learner]:
+def assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedModel | PeftModel, Learner]:
     """The model with its weights, and what trains it. The last of the user's mistakes show here: nothing is written."""
     config = prepared.config
     emit(Working("loading weights"))
