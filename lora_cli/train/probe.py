@@ -1,7 +1,7 @@
 """`lora check --probe`: a few steps of the run itself, timed, to say how long all of it will take.
 
-Loads the weights and trains on the run's first steps, as `train` does. Nothing is kept: the weights go with the process,
-the metrics with a temporary folder.
+Loads the weights and trains on the run's first steps, as `train` does. Nothing is kept: the weights go with the
+process, the metrics with a temporary folder.
 """
 
 from __future__ import annotations
