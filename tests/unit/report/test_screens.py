@@ -59,7 +59,7 @@ def test_max_steps_is_not_shown_as_whole_epochs(plan: Plan) -> None:
 
 
 def test_memory_that_does_not_fit_says_how_much_is_missing(plan: Plan) -> None:
-    plan = replace(plan, memory=Memory(int(25.7 * 2**30), int(23.6 * 2**30)))
+    plan = replace(plan, memory=Memory(int(25.7 * 2**30), int(25.0 * 2**30), int(23.6 * 2**30)))
     assert "does not fit, 2.1 too much" in flat(render_plan(plan, 140))
     check = render_check(plan, 140)
     assert "  no  memory" in check
