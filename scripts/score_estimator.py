@@ -3,7 +3,8 @@
 Each row names a model (its config.json lies in DIR) and a stock recipe of transformers, PEFT and bitsandbytes, not of
 this project's trainer: the model in the compute dtype, a 4-bit base prepared by `prepare_model_for_kbit_training`,
 adapters in float32, no autocast, `out = model(input_ids=..., labels=...); out.loss.backward()`, the peak of the second
-step. The recipe is rebuilt on `meta` and traced with the tracer that `lora estimate-vram` uses. Nothing is fitted.
+step. The recipe is rebuilt on `meta` and traced with the tracer that `lora estimate-vram` uses. No
+constant is fitted to a row, a model or a recipe; what was inferred from published rows is said in docs/memory.md.
 
 What a row leaves out is the recipe's: checkpointing on, adapters of rank 16 on all linear layers, AdamW, float16 before
 Ampere and bfloat16 from there on. Fields that are not known are ignored. A row that can't be traced is named with the

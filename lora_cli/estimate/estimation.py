@@ -266,6 +266,7 @@ def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
 
 def _assumptions(need: Need, card: Card | None) -> list[str]:
     from lora_cli.engine.memory.context import context_measured
+    from lora_cli.engine.memory.need import MARGIN
 
     train, longest = need.config.train, max(need.shape.document_lengths)
     checkpointing = "with" if train.gradient_checkpointing else "without"
@@ -274,6 +275,8 @@ def _assumptions(need: Need, card: Card | None) -> list[str]:
         f"the worst case: full micro-batches of examples of {longest:,} tokens, every token supervised",
         "one process alone on the card",
     ]
+    if card is not None:
+        lines.append(f"{MARGIN:.0%} of what is reserved is kept free")
     if card is None:
         lines.append("an Ampere card or newer, in bfloat16")
     if not context_measured(need.target):
