@@ -16,15 +16,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_cli.config import load_config
+    from lora_cli.config import load_config, load_grid
     from lora_cli.estimate import estimate_vram
     from lora_cli.evaluate import evaluate
     from lora_cli.merge import extract, merge
+    from lora_cli.sweep import sweep
     from lora_cli.train import train
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "estimate_vram", "evaluate", "extract", "load_config", "merge", "train"]
+__all__ = ["__version__", "estimate_vram", "evaluate", "extract", "load_config", "load_grid", "merge", "sweep", "train"]
 
 _HOMES = {
     "load_config": "lora_cli.config",
@@ -33,6 +34,8 @@ _HOMES = {
     "merge": "lora_cli.merge",
     "extract": "lora_cli.merge",
     "evaluate": "lora_cli.evaluate",
+    "load_grid": "lora_cli.config",
+    "sweep": "lora_cli.sweep",
 }
 
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "params": before.params,
     "estimate-vram": before.estimate,
     "train": runs.train,
+    "sweep": runs.sweep,
     "eval": evaluation.evaluate,
     "generate": generation.generate,
     "merge": merging.merge,

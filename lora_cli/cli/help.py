@@ -18,7 +18,7 @@ from lora_cli.errors import UserError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Before": ("init", "check", "preview", "params", "estimate-vram"),
-    "Run": ("train",),
+    "Run": ("train", "sweep"),
     "After": ("eval", "generate", "merge", "extract", "export"),
     "Editor": ("schema",),
 }

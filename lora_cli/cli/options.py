@@ -13,7 +13,7 @@ from lora_cli.cli.network import stay_offline_without_network
 from lora_cli.errors import NegativeAnswer
 
 if TYPE_CHECKING:
-    from lora_cli.config import Config
+    from lora_cli.config import Config, Grid
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Target = Annotated[
@@ -34,16 +34,39 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; prog
 def load(path: Path, overrides: list[str] | None, *, output_dir: str | None = None, no_cache: bool = False) -> Config:
     from lora_cli.config import load_config
 
+    config = load_config(path, _given(overrides, output_dir, no_cache))
+    _stay_offline(config)
+    return config
+
+
+def load_sweep(
+    path: Path,
+    overrides: list[str] | None,
+    grid: list[str] | None,
+    *,
+    output_dir: str | None = None,
+    no_cache: bool = False,
+) -> Grid:
+    from lora_cli.config import load_grid
+
+    found = load_grid(path, _given(overrides, output_dir, no_cache), grid or ())
+    _stay_offline(found.config)
+    return found
+
+
+def _given(overrides: list[str] | None, output_dir: str | None, no_cache: bool) -> list[str]:
     given = list(overrides or ())
     if output_dir is not None:
         given.append(f"output_dir={json.dumps(output_dir, ensure_ascii=False)}")
     if no_cache:
         given.append("data.cache=false")
-    config = load_config(path, given)
+    return given
+
+
+def _stay_offline(config: Config) -> None:
     validation = config.data.validation if isinstance(config.data.validation, tuple) else ()
     sources = [source.path for source in (*config.data.train, *validation) if not source.path.endswith(DATA_FILES)]
     stay_offline_without_network([config.model.name_or_path, *sources])
-    return config
 
 
 def print_json(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command that trains."""
+"""The commands that train."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli.options import AsJson, ConfigFile, NoCache, Set, load, print_json
+from lora_cli.cli.options import AsJson, ConfigFile, NoCache, Set, load, load_sweep, print_json
 
 
 def train(
@@ -29,5 +29,33 @@ def train(
 
     with Console(quiet_stdout=as_json) as console:
         summary = train(settings, resume=resume, emit=console.emit)
+    if as_json:
+        print_json(summary.as_json())
+
+
+def sweep(
+    config: ConfigFile,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=[VALUE,...]", help="One setting's values, as adapter.r=[8,16]. Repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in output_dir.")] = False,
+    output_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder of the sweep, instead of the config's.")
+    ] = None,
+    no_cache: NoCache = False,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a grid of settings at the same time, on one frozen base.
+
+    Every combination becomes a member with a run folder of its own, in output_dir; a leaderboard ranks them.
+    """
+    settings = load_sweep(config, set_, grid, output_dir=output_dir, no_cache=no_cache)
+    from lora_cli.report.console import Console
+    from lora_cli.sweep import sweep
+
+    with Console(quiet_stdout=as_json) as console:
+        summary = sweep(settings, resume=resume, emit=console.emit)
     if as_json:
         print_json(summary.as_json())

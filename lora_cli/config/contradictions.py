@@ -168,6 +168,17 @@ def _trackers(config: Config) -> Iterator[Contradiction]:
         yield Contradiction("train.report_to", f"{twice[0]} is given twice", "name each once")
 
 
+def _sweep(config: Config) -> Iterator[Contradiction]:
+    """What a sweep can't share; which keys its grid may have, `grid` says."""
+    if config.sweep is None:
+        return
+    if config.adapter is None:
+        yield Contradiction("sweep", "needs an adapter to sweep over", "set adapter, or leave sweep out", ("adapter",))
+    if config.sweep.halving is not None and config.data.validation is None:
+        hint = "set data.validation, such as 0.05"
+        yield Contradiction("sweep.halving", "there is no validation data to rank by", hint, ("data.validation",))
+
+
 _RULES: tuple[Rule, ...] = (
     _quantized_full_training,
     _int8_double_quant,
@@ -176,4 +187,5 @@ _RULES: tuple[Rule, ...] = (
     _validation_needed,
     _schedule,
     _trackers,
+    _sweep,
 )

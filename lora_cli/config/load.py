@@ -45,12 +45,21 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, or a folder.
         ConfigError: everything that is wrong with it, in file order; then what is wrong with the overrides.
     """
+    return validate(read_config(path, overrides), str(path))
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Document:
+    """The mapping in the file at `path` with `overrides` put into it; its values aren't looked at yet.
+
+    Raises:
+        UserError, ConfigError: as `load_config` does for what isn't a mapping.
+    """
     path = Path(path)
     document = _read_file(path)
     _require_mapping(document, path)
     for override in overrides:
         apply_override(override, document)
-    return _validate(document, str(path))
+    return document
 
 
 def _read_file(path: Path) -> Document:
@@ -98,7 +107,12 @@ def _require_mapping(document: Document, path: Path) -> None:
     raise ConfigError(str(path), (Problem("", message, hint, place),))
 
 
-def _validate(document: Document, source: str) -> Config:
+def validate(document: Document, source: str) -> Config:
+    """The document as a config.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
     problems = [*document.problems, *_secrets(document.value, (), document), *_empty_adapter(document)]
     try:
         config = Config.model_validate(document.value)

@@ -7,7 +7,7 @@ reference page all take it from here, and its first sentence must make sense alo
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -270,6 +270,32 @@ class TrainConfig(Section):
     """Order of the data, validation share, start of the adapter, dropout."""
 
 
+class HalvingConfig(Section):
+    """Early stopping of the worst members of a sweep."""
+
+    every: Count
+    """Steps between two rankings by validation loss. Members that are dropped end there, with their adapter."""
+
+    keep: Share = 0.5
+    """Share of the members that goes on, rounded up. 0.5 is successive halving."""
+
+    at_least: Count = 1
+    """Members that always go on."""
+
+
+class SweepConfig(Section):
+    """What `lora sweep` varies. Every other command takes the config around it."""
+
+    grid: dict[Text, ListOf[Any]] = Field(min_length=1)
+    """Settings by their dotted names, each with a list of values. Every combination is a member."""
+
+    halving: HalvingConfig | None = None
+    """{every: 100} drops the worst half of the members every 100 steps; null trains all to the end."""
+
+    max_members: Count = 64
+    """A grid with more combinations is refused."""
+
+
 class Config(Section):
     """The whole config of a run."""
 
@@ -284,6 +310,9 @@ class Config(Section):
 
     train: TrainConfig = Field(default_factory=TrainConfig)
     """How it is trained."""
+
+    sweep: SweepConfig | None = None
+    """A grid of settings whose combinations `lora sweep` trains at the same time. Other commands don't read it."""
 
     output_dir: LocalOrHub
     """The folder of this run. It must not hold another one."""

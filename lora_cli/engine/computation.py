@@ -54,6 +54,12 @@ class Computation:
         with self.autocast(batch.input_ids.device):
             return run(model, batch, **self._boundaries(batch))
 
+    def group_losses(self, model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int) -> Tensor:
+        """[count] float32: `loss_sum` of each group of supervised tokens, with gradients of their own."""
+        run = loss.group_losses if self.loss == "chunked" else loss.full_group_losses
+        with self.autocast(batch.input_ids.device):
+            return run(model, batch, groups_S, count, **self._boundaries(batch))
+
     def token_losses(self, model: PreTrainedModel, batch: FlatBatch) -> Tensor:
         """[S] losses of a batch's supervised tokens in float32, without gradients."""
         run = loss.token_losses if self.loss == "chunked" else loss.full_token_losses

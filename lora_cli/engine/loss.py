@@ -83,6 +83,32 @@ def full_token_losses(model: PreTrainedModel, batch: FlatBatch, **attention: Any
         return F.cross_entropy(logits_TV[batch.predictors].float(), batch.targets, reduction="none")
 
 
+def group_losses(model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int, **attention: Any) -> Tensor:
+    """[count] float32: `chunked_loss` of each group of supervised tokens; each sum takes a gradient of its own.
+
+    For a head that isn't trained.
+
+    Args:
+        groups_S: [S], int64, below `count`.
+    """
+    hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
+    assert not parameters, "the gradient of a head isn't kept apart by groups"
+    rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
+    sums: Tensor = _GroupLosses.apply(hidden_SM, head, batch.targets, groups_S, count, rows)  # type: ignore[no-untyped-call]
+    return sums
+
+
+def full_group_losses(
+    model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int, **attention: Any
+) -> Tensor:
+    """[count] losses as `group_losses` gives them, from the whole model's logits."""
+    logits_TV = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False, **attention
+    ).logits[0]
+    losses_S = F.cross_entropy(logits_TV[batch.predictors].float(), batch.targets, reduction="none")
+    return losses_S.new_zeros(count).index_add(0, groups_S, losses_S)
+
+
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of a causal language model that its own forward calls for hidden states.
 
@@ -170,10 +196,10 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 hidden_CM = hidden_CM.detach().requires_grad_()
                 logits_CV = head(hidden_CM)
-            chunk, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
+            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
             grads = torch.autograd.grad(logits_CV, (hidden_CM, *parameters), grad_CV, allow_unused=True)
             del logits_CV, grad_CV
-            loss += chunk
+            loss += losses_C.sum()
             hidden_grads.append(_given(grads[0], hidden_CM))
             for total, grad in zip(parameter_grads, grads[1:], strict=True):
                 if grad is not None:
@@ -188,8 +214,37 @@ class _ChunkedLoss(torch.autograd.Function):
         return (hidden_grad * grad.to(hidden_grad.dtype), None, None, None, *(g * grad for g in parameter_grads))
 
 
+class _GroupLosses(torch.autograd.Function):
+    """`_ChunkedLoss` summed by group: what comes in for a group multiplies the gradients of its own rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, groups_S: Tensor, count: int, rows: int
+    ) -> Tensor:
+        sums = torch.zeros(count, dtype=torch.float32, device=hidden_SM.device)
+        hidden_grads: list[Tensor] = []
+        pieces = zip(hidden_SM.split(rows), targets_S.split(rows), groups_S.split(rows), strict=True)
+        for hidden_CM, targets_C, groups_C in pieces:
+            with torch.enable_grad():
+                hidden_CM = hidden_CM.detach().requires_grad_()
+                logits_CV = head(hidden_CM)
+            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
+            hidden_grads += torch.autograd.grad(logits_CV, hidden_CM, grad_CV)
+            del logits_CV, grad_CV
+            sums.index_add_(0, groups_C, losses_C)
+        hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden_SM)
+        ctx.save_for_backward(hidden_grad, groups_S)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, groups_S = ctx.saved_tensors
+        return (hidden_grad * grad[groups_S, None].to(hidden_grad.dtype), None, None, None, None, None)
+
+
 def _cross_entropy_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy, float32, and its gradient in the dtype of the logits: softmax minus one at the target.
+    """[C] cross-entropies, float32, and the gradient of their sum in the dtype of the logits: softmax minus one at the
+    target.
 
     On a CPU the gradient takes the place of the logits wherever nobody needs them any more.
     """
@@ -201,9 +256,9 @@ def _cross_entropy_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[T
         grad_CV = torch.softmax(values_CV, -1, out=values_CV) if ours else torch.softmax(values_CV, -1)
         # The largest probability is 1 / sum(exp(x - largest)): the logarithm of the sum, without a pass of its own.
         log_sum_C1 = largest_C1 - grad_CV.amax(-1, keepdim=True).log()
-        loss = (log_sum_C1 - wanted_C1).sum()
+        losses_C = (log_sum_C1 - wanted_C1).squeeze(-1)
         grad_CV.scatter_add_(-1, target_C1, torch.full_like(wanted_C1, -1.0))
-        return loss, grad_CV.to(logits_CV.dtype)
+        return losses_C, grad_CV.to(logits_CV.dtype)
 
 
 def _is_product(logits: Tensor) -> bool:

@@ -102,8 +102,13 @@ def make_plan(config: Config, emit: Emit = ignore) -> Plan:
     return prepare(config, device, processes=1, emit=emit).plan
 
 
-def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit = ignore) -> Prepared:
+def prepare(
+    config: Config, device: torch.device, *, processes: int, emit: Emit = ignore, beside: Prepared | None = None
+) -> Prepared:
     """Read everything that the run needs but the weights, prove how it will run, and make its plan.
+
+    Args:
+        beside: a run on the same base, data and computation, whose tokenizer, rows and proof are taken over.
 
     Raises:
         UserError: a mistake in config, data, model or tokenizer that can be known by now.
@@ -119,7 +124,7 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
     target_warnings = _target_warnings(config, base)
     model = _with_adapter(config, base)
     parameters = count_parameters(model)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model) if beside is None else beside.tokenizer
     check_vocabulary(tokenizer, architecture, config.model)
     position_warnings = _check_positions(model, architecture, config.data.max_length)
     stops = stop_tokens(tokenizer, architecture, config.model)
@@ -127,9 +132,13 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
     def progress(what: str, done: int, total: int | None) -> None:
         emit(Working(what, done, total, "rows"))
 
-    train, validation = load_examples(config.data, tokenizer, stops, seed=config.train.seed, progress=progress)
-    emit(Working("proving packing and loss"))
-    proof = prove_run(config, architecture)
+    if beside is not None and _same_rows(beside, config.train.seed):
+        train, validation = beside.train, beside.validation
+    else:
+        train, validation = load_examples(config.data, tokenizer, stops, seed=config.train.seed, progress=progress)
+    if beside is None:
+        emit(Working("proving packing and loss"))
+    proof = prove_run(config, architecture) if beside is None else beside.proof
     settled = _settle(_resolve(config, device, proof), architecture, proof, device, emit)
     resolved = settled.config
     steps = _steps(resolved, len(train))
@@ -163,6 +172,12 @@ def prepare(config: Config, device: torch.device, *, processes: int, emit: Emit 
         ),
     )
     return Prepared(resolved, architecture, tokenizer, stops, train, validation, proof, plan)
+
+
+def _same_rows(beside: Prepared, seed: int) -> bool:
+    """Whether a run with this seed has the rows of `beside`: held-out rows and weighted sources are drawn by it."""
+    drawn = isinstance(beside.config.data.validation, float) or beside.train.draw is not None
+    return not drawn or seed == beside.config.train.seed
 
 
 def check_against_plan(model: nn.Module, plan: Plan) -> None:

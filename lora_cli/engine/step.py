@@ -83,7 +83,6 @@ def train_step(learner: Learner, batches: Iterable[FlatBatch], num_supervised: i
         OutOfMemory: on every process when any one of them ran out; the step can be taken again, in smaller pieces.
         Abandoned: on every process when `batches` raised it on any one of them.
     """
-    parameters = list(learner.parameters.values())
     loss = torch.zeros((), dtype=torch.float32, device=world.device)
 
     def accumulate_all() -> None:
@@ -95,6 +94,16 @@ def train_step(learner: Learner, batches: Iterable[FlatBatch], num_supervised: i
     except (OutOfMemory, Abandoned):
         learner.optimizer.zero_grad(set_to_none=True)
         raise
+    return update(learner, loss, world)
+
+
+def update(learner: Learner, loss: Tensor, world: World) -> StepResult:
+    """The second half of a step: gradients summed over processes, clipped, applied, and cleared.
+
+    Args:
+        loss: of this process's micro-batches, a float32 scalar on the device.
+    """
+    parameters = list(learner.parameters.values())
     sum_gradients(parameters, loss, world)
     learner.scaler.unscale_(learner.optimizer)
     grad_norm = global_norm(parameters)

@@ -15,6 +15,7 @@ from lora_cli.plan import Plan
 from lora_cli.report import numbers
 from lora_cli.report.closing import render_summary
 from lora_cli.report.events import (
+    Dropped,
     Evaluated,
     Event,
     Finished,
@@ -25,12 +26,19 @@ from lora_cli.report.events import (
     Saved,
     Stepped,
     Stopped,
+    SweepFinished,
+    SweepPlanned,
+    SweepStepped,
     Warned,
     Working,
 )
 from lora_cli.report.layout import columns, labelled, page_width, printable, short_path, warning
-from lora_cli.report.progress import Progress, logged_line
+from lora_cli.report.progress import Lines, Progress, logged_line
 from lora_cli.report.screens import render_plan
+from lora_cli.report.sweeping import SweepProgress, render_leaderboard, render_sweep_plan, sweep_line
+
+
+Advance = Stepped | Logged | Evaluated | Saved | SweepStepped
 
 
 class Surface(Protocol):
@@ -41,7 +49,7 @@ class Surface(Protocol):
 
     def working(self, event: Working) -> None: ...
 
-    def advance(self, progress: Progress, event: Stepped | Logged | Evaluated | Saved) -> None:
+    def advance(self, progress: Lines, event: Advance) -> None:
         """`progress` has just recorded `event`."""
 
     def close(self) -> None: ...
@@ -63,7 +71,7 @@ class Log:
             self._working_on = event.what
             self.say(printable(f"  {event.what}"))
 
-    def advance(self, progress: Progress, event: Stepped | Logged | Evaluated | Saved) -> None:
+    def advance(self, progress: Lines, event: Advance) -> None:
         match event:
             case Logged():
                 self.say(logged_line(event, columns()))
@@ -72,6 +80,9 @@ class Log:
                 self.say(f"valid={numbers.loss(event.eval_loss)} step={event.step}{best}")
             case Saved():
                 self.say(f"saved={printable(short_path(event.path))} step={event.step}")
+            case SweepStepped():
+                if event.logged:
+                    self.say(printable(sweep_line(event)))
             case Stepped():
                 pass
 
@@ -89,6 +100,7 @@ class Console:
         self._answers = sys.stderr if quiet_stdout else sys.stdout
         self._surface: Surface = _surface(sys.stderr)
         self._progress = Progress()
+        self._sweep = SweepProgress()
         self._plan: Plan | None = None
 
     def __enter__(self) -> Self:
@@ -121,6 +133,16 @@ class Console:
             case Stepped() | Logged() | Evaluated() | Saved():
                 self._progress.record(event)
                 self._surface.advance(self._progress, event)
+            case SweepPlanned():
+                self._surface.say(f"\n{render_sweep_plan(event, width)}\n")
+            case SweepStepped():
+                self._sweep.last = event
+                self._surface.advance(self._sweep, event)
+            case Dropped(member=member, step=step, why=why):
+                self._surface.say("\n".join(labelled("dropped", f"{member} at step {step:,}: {why}", width)))
+            case SweepFinished(summary=ranking):
+                self._surface.close()
+                show(f"\n{render_leaderboard(ranking, width)}\n", self._answers)
             case Finished(summary=summary):
                 self._surface.close()
                 show(f"\n{render_summary(summary, self._plan, width)}\n", self._answers)

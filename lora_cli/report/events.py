@@ -146,7 +146,104 @@ class Finished:
     summary: Summary
 
 
-Event = Working | Planned | Warned | Resumed | Measured | Stepped | Logged | Evaluated | Saved | Stopped | Finished
+@dataclass(frozen=True)
+class SweepPlanned:
+    """The members of a sweep are known; nothing has been written and no step taken."""
+
+    plan: Plan
+    """Of the first member; what all share is in it."""
+    members: tuple[str, ...]
+    grid: dict[str, tuple[Any, ...]]
+    """The values of each setting."""
+    trainable: tuple[int, ...]
+    """Trainable parameters of each member."""
+    steps: tuple[int, ...]
+    """Optimizer steps of each member."""
+    output_dir: str
+    halving: str | None
+    """When the worst members are dropped, in words."""
+
+
+@dataclass(frozen=True)
+class SweepStepped:
+    """Every member that was due took a step. Losses are of that step; the best is the lowest."""
+
+    step: int
+    total: int
+    active: int
+    members: int
+    best: str
+    best_loss: float
+    worst_loss: float
+    num_tokens: int
+    """Of all members."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    seconds_gone: float
+    seconds_left: float
+    logged: bool
+    """Whether lines of metrics were written at this step."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A member's training ended before its last step, and the others go on."""
+
+    member: str
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One line of a leaderboard."""
+
+    name: str
+    changes: dict[str, Any]
+    """Its values by dotted key."""
+    steps: int
+    train_loss: float | None
+    """The mean over the last steps, as in its summary.json."""
+    eval_loss: float | None
+    """The validation loss that its adapter has."""
+    trainable: int
+    stopped: str | None
+    """Why it ended before its last planned step."""
+    failed: bool
+    """Whether it has no result."""
+    output_dir: str
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """What leaderboard.json holds: the members, best first, and the final figures of the sweep."""
+
+    ranked_by: str
+    """`eval_loss` or `train_loss`."""
+    members: tuple[Standing, ...]
+    rungs: tuple[dict[str, Any], ...]
+    """Each halving: the step, every member's validation loss there, and who was dropped."""
+    num_tokens: int
+    train_seconds: float
+    """Without loading, evaluation and saving."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    output_dir: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SweepFinished:
+    """The sweep is over and the members' results are in place."""
+
+    summary: SweepSummary
+
+
+SweepEvent = SweepPlanned | SweepStepped | Dropped | SweepFinished
+RunEvent = Planned | Resumed | Measured | Stepped | Logged | Evaluated | Saved | Stopped | Finished
+Event = Working | Warned | RunEvent | SweepEvent
 Emit = Callable[[Event], None]
 
 

@@ -17,9 +17,9 @@ from rich.live import Live
 from rich.text import Text
 
 from lora_cli.report import numbers
-from lora_cli.report.events import Evaluated, Logged, Saved, Stepped, Working
+from lora_cli.report.events import Evaluated, Logged, Saved, Stepped, SweepStepped, Working
 from lora_cli.report.layout import INDENT, LABEL_WIDTH, printable
-from lora_cli.report.progress import Line, Progress
+from lora_cli.report.progress import Line, Lines, Progress
 
 _SECONDS_BETWEEN_FRAMES = 0.1
 _MARKS = {"ok": "green", "!": "yellow", "no": "red", "▌": "green"}
@@ -66,7 +66,7 @@ class Frame:
 
     def __init__(self) -> None:
         self.working: Working | None = None
-        self.progress = Progress()
+        self.progress: Lines = Progress()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.working is not None:
@@ -117,11 +117,11 @@ class Terminal:
         self._frame.working = event
         self._draw(now=starts)
 
-    def advance(self, progress: Progress, event: Stepped | Logged | Evaluated | Saved) -> None:
+    def advance(self, progress: Lines, event: Stepped | Logged | Evaluated | Saved | SweepStepped) -> None:
         begins = self._frame.working is not None
         self._frame.working = None
         self._frame.progress = progress
-        self._draw(now=begins or not isinstance(event, Stepped) or event.step == event.total)
+        self._draw(now=begins or not isinstance(event, Stepped | SweepStepped) or event.step == event.total)
 
     def close(self) -> None:
         """The last state of the run stays on the screen; a status does not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rich.cells import cell_len
 
@@ -35,6 +36,13 @@ class Part:
 
 
 Line = list[Part]
+
+
+class Lines(Protocol):
+    """What the live region shows."""
+
+    def lines(self, width: int) -> list[Line]:
+        """As many lines as there is something to say, none wider than `width`."""
 
 
 @dataclass
@@ -79,10 +87,10 @@ class Progress:
         gone = Part("", numbers.clock(step.seconds_gone), " gone")
         left = Part("", numbers.clock(step.seconds_left), " left")
         smallest_bar = 8
-        kept = _fitting([place, left, share, epoch, gone], width - len(INDENT) - smallest_bar - 2, gap=2)
+        kept = fitting([place, left, share, epoch, gone], width - len(INDENT) - smallest_bar - 2, gap=2)
         shown = [part for part in (place, share, epoch, gone, left) if part in kept]
         room = width - len(INDENT) - sum(part.width + 2 for part in shown)
-        return [_bar(step.step / step.total, min(_BAR_CELLS, room)), *shown]
+        return [bar(step.step / step.total, min(_BAR_CELLS, room)), *shown]
 
     def _figures(self, step: Stepped, width: int) -> Line:
         loss, trend = self._loss(step)
@@ -96,7 +104,7 @@ class Progress:
         if self.saved is not None:
             saved = Part("saved ", f"@{self.saved.step:,}")
         needed_first = [loss, valid, trend, speed, rate, memory, gradient, saved]
-        kept = _fitting([part for part in needed_first if part is not None], width - len(INDENT), gap=3)
+        kept = fitting([part for part in needed_first if part is not None], width - len(INDENT), gap=3)
         return [part for part in (loss, trend, rate, gradient, speed, memory, valid, saved) if part in kept]
 
     def _loss(self, step: Stepped) -> tuple[Part, Part | None]:
@@ -107,12 +115,13 @@ class Progress:
         return Part(f"{span}loss ", numbers.loss(self.losses[-1])), Part("", sparkline(self.losses, _SPARK_CELLS))
 
 
-def _bar(share: float, cells: int) -> Part:
+def bar(share: float, cells: int) -> Part:
+    """A bar of so many cells, filled to its share."""
     filled = round(share * cells)
     return Part("", "█" * filled, "░" * (cells - filled))
 
 
-def _fitting(parts: Sequence[Part], width: int, *, gap: int) -> list[Part]:
+def fitting(parts: Sequence[Part], width: int, *, gap: int) -> list[Part]:
     """The longest beginning of `parts` that fits, `gap` cells between two of them."""
     used = -gap
     for number, part in enumerate(parts):

@@ -23,21 +23,27 @@ _BELOW_LABEL = " " * (len(INDENT) + 4 + LABEL_WIDTH)
 def render_plan(plan: Plan, width: int | None = None) -> str:
     """What `train` shows before the first step."""
     width = width or page_width()
-    rows = [
-        ("model", _model(plan.model, plan.parameters)),
-        ("adapter", _adapter(plan.model, plan.parameters)),
-        ("data", f"{_rows(plan.data)}; {_tokens(plan.data)}"),
-    ]
-    if plan.validation is not None:
-        rows.append(("valid", f"{_rows(plan.validation)}; {_tokens(plan.validation)}"))
+    model, *data = base_and_data(plan)
+    rows = [model, ("adapter", _adapter(plan.model, plan.parameters)), *data]
     rows.append(("steps", _steps(plan.steps)))
-    rows.append(("engine", _engine(plan.engine)))
+    rows.append(("engine", engine_words(plan.engine)))
     if plan.memory is not None:
         rows.append(("memory", _memory(plan.memory, plan.engine)))
     rows.append(("writes", _writes(plan.writes)))
     lines = [line for label, text in rows for line in labelled(label, text, width)]
     warnings = [line for text in plan_warnings(plan) for line in warning(text, width)]
     return "\n".join([*lines, "", *warnings] if warnings else lines)
+
+
+def base_and_data(plan: Plan) -> list[tuple[str, str]]:
+    """What a run is made of beside its adapter, as labels and texts."""
+    rows = [
+        ("model", _model(plan.model, plan.parameters)),
+        ("data", f"{_rows(plan.data)}; {_tokens(plan.data)}"),
+    ]
+    if plan.validation is not None:
+        rows.append(("valid", f"{_rows(plan.validation)}; {_tokens(plan.validation)}"))
+    return rows
 
 
 def plan_warnings(plan: Plan) -> tuple[str, ...]:
@@ -104,7 +110,8 @@ _PACKING = {
 }
 
 
-def _engine(engine: Engine) -> str:
+def engine_words(engine: Engine) -> str:
+    """How the step is carried out."""
     processes = f" x {engine.processes}" if engine.processes > 1 else ""
     checkpointing = "gradient checkpointing" if engine.gradient_checkpointing else "no gradient checkpointing"
     dropout = f", dropout {engine.dropout:g}" if engine.dropout else ""
@@ -151,7 +158,7 @@ def render_check(plan: Plan, width: int | None = None, *, cache: str = "", speed
     ]
     if plan.validation is not None:
         findings += _data_findings("valid", plan.validation)
-    findings.append(("ok", "plan", f"{steps}; {_engine(plan.engine)}"))
+    findings.append(("ok", "plan", f"{steps}; {engine_words(plan.engine)}"))
     if plan.memory is not None:
         findings.append(("ok" if plan.memory.fits else "no", "memory", _memory(plan.memory, plan.engine)))
     enough = plan.writes.free_bytes > max(plan.writes.checkpoint_bytes, plan.writes.peak_bytes)

@@ -37,6 +37,16 @@ from lora_cli.train.signals import StopSignals
 from lora_cli.train.trackers import Trackers
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """What a step sees."""
+
+    step: int
+    indices: NDArray[np.int64]
+    num_tokens: int
+    num_supervised: int
+
+
 @dataclass
 class Loop:
     """One run of the loop over prepared data, from a position to the last planned step."""
@@ -79,52 +89,63 @@ class Loop:
             self.emit(Stopped(self.position.step, self.stopped))
 
     def _take_steps(self) -> None:
-        position, total = self.position, self.plan.steps.total
-        self.stopped = self._lost_patience()
+        position = self.position
+        self.stopped = self.lost_patience()
         self._evaluate_if_due()  # where the base stands, or the evaluation that a signal cut short
-        while position.step < total and self.stopped is None:
+        while not self.is_over:
             self.take_step(position.step + 1)
-            last = position.step == total
-            if self._due(self.config.train.logging_steps) or last:
-                self._record.line()
+            if self.is_due(self.config.train.logging_steps) or self.is_over:
+                self.write_line()
             self._evaluate_if_due()
             if self.stopped is not None:
-                self._record.line()  # what there is since the last one
+                self.write_line()  # what there is since the last one
             stop, save = self._asked()
-            if self._due(self.config.train.save_steps) or save or last or self.stopped:
+            if self.is_due(self.config.train.save_steps) or save or self.is_over:
                 self.save()
             if stop:
                 raise Abandoned
 
     def take_step(self, step: int) -> None:
         """One optimizer step, in smaller micro-batches when memory runs out; its figures into the position."""
-        indices = step_examples(
-            step,
-            seed=self.config.train.seed,
-            count=len(self.train),
-            batch_size=self.config.train.batch_size,
-            draw=self.train.draw,
-        )
-        num_supervised = int(self.train.supervised[indices].sum())
-        num_tokens = int(self.train.lengths[indices].sum())
+        rows = self.rows(step)
         began = time.perf_counter()
-        result = self._applied(step, indices, num_supervised)
-        self._record.step(step, result, num_tokens, num_supervised, time.perf_counter() - began)
-        self._setbacks.after_step(step, result, [self.train.places[int(i)] for i in indices])
+        result = self._applied(rows)
+        self.took(rows, result, time.perf_counter() - began)
 
-    def _applied(self, step: int, indices: NDArray[np.int64], num_supervised: int) -> StepResult:
+    def rows(self, step: int) -> StepRows:
+        """Which rows a step takes."""
+        train = self.config.train
+        indices = step_examples(
+            step, seed=train.seed, count=len(self.train), batch_size=train.batch_size, draw=self.train.draw
+        )
+        num_tokens, num_supervised = self.train.lengths[indices].sum(), self.train.supervised[indices].sum()
+        return StepRows(step, indices, int(num_tokens), int(num_supervised))
+
+    def took(self, rows: StepRows, result: StepResult, seconds: float) -> None:
+        """Note a step that was taken.
+
+        Raises:
+            TrainingError: a few in a row were not finite, or nothing is being learned.
+        """
+        self._record.step(rows.step, result, rows.num_tokens, rows.num_supervised, seconds)
+        self._setbacks.after_step(rows.step, result, [self.train.places[int(i)] for i in rows.indices])
+
+    def _applied(self, rows: StepRows) -> StepResult:
         while True:
-            self._seed(step)
+            self._seed(rows.step)
             try:
-                return train_step(self.learner, self._batches(indices), num_supervised, self.world)
+                return train_step(self.learner, self._batches(rows.indices), rows.num_supervised, self.world)
             except OutOfMemory:
-                self._setbacks.halve(step, int(self.train.lengths[indices].max()))
+                self._setbacks.halve(rows.step, int(self.train.lengths[rows.indices].max()))
 
     def evaluate(self) -> None:
         """The validation loss at this step; early stopping and the best checkpoint follow from it."""
         assert self.validation is not None
+        self.note_evaluation(self._validation_loss(self.validation))
+
+    def note_evaluation(self, loss: float) -> None:
+        """Take in the validation loss at this step."""
         position = self.position
-        loss = self._validation_loss(self.validation)
         # The base itself, at step 0, is where the run starts from and never its result.
         best = position.step > 0 and (position.best_eval_loss is None or loss < position.best_eval_loss)
         position.eval_losses.append([position.step, loss])
@@ -136,12 +157,17 @@ class Loop:
         if best and self.config.train.load_best_model_at_end:
             self.save()
 
-    def _evaluate_if_due(self) -> None:
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the validation loss is wanted at this step, and not yet known."""
         step = self.position.step
-        due = step in (0, self.plan.steps.total) or self._due(self._eval_steps())
-        if self.validation is not None and due and not self.position.is_evaluated:
+        due = step in (0, self.plan.steps.total) or self.is_due(self._eval_steps())
+        return self.validation is not None and due and not self.position.is_evaluated
+
+    def _evaluate_if_due(self) -> None:
+        if self.evaluation_is_due:
             self.evaluate()
-            self.stopped = self._lost_patience()
+            self.stopped = self.lost_patience()
 
     def _validation_loss(self, validation: Examples) -> float:
         def progress(done: int, of: int) -> None:
@@ -193,7 +219,7 @@ class Loop:
         seeds = np.random.SeedSequence((self.config.train.seed, step, self.world.rank))
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
-    def _lost_patience(self) -> str | None:
+    def lost_patience(self) -> str | None:
         """Why the run ends early, if it does; a function of the position, so that a resumed run ends as well."""
         patience = self.config.train.early_stopping_patience
         lost = patience is not None and self.position.evals_since_best >= patience
@@ -201,7 +227,17 @@ class Loop:
             return None
         return f"no better validation loss in {patience} evaluations"
 
-    def _due(self, every: int | None) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to take."""
+        return self.stopped is not None or self.position.step >= self.plan.steps.total
+
+    def write_line(self) -> None:
+        """A line of metrics over the steps since the last one, if there were any."""
+        self._record.line()
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether something that happens in every so many steps is due at this one."""
         return every is not None and self.position.step % every == 0
 
     def _eval_steps(self) -> int | None:

@@ -60,6 +60,7 @@ def train(config: Config, *, resume: bool = False, emit: Emit = ignore) -> Summa
 
 
 def _train(config: Config, resume: bool, emit: Emit) -> Summary:
+    config = config.model_copy(update={"sweep": None})
     folder = RunFolder(Path(config.output_dir))
     folder.refuse_occupied(resume=resume)
     require_trackers(config.train.report_to)
@@ -84,7 +85,7 @@ def _train(config: Config, resume: bool, emit: Emit) -> Summary:
     ):
         position = start_position(folder, learner, prepared, world, resume, emit)
         if world.is_main:
-            _write_origin(folder, prepared)
+            write_origin(folder, prepared)
         return _run(folder, prepared, model, learner, position, world, emit)
 
 
@@ -112,7 +113,7 @@ def assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedMo
     model = make_trainable(base, config, computation, prepared.tokenizer)
     if not config.model.resize_embeddings:
         check_against_plan(model, prepared.plan)
-    return model, _learner(model, prepared, computation, world)
+    return model, make_learner(model, prepared, computation, world)
 
 
 def _run(
@@ -133,12 +134,18 @@ def _run(
         loop.run()
     finally:
         trackers.finish()
-    _say_if_worse(position, emit)
-    if config.train.load_best_model_at_end and position.best_step is not None:
-        load_parameters(folder.checkpoint(position.best_step), learner.parameters)
-    summary = write_results(folder, model, prepared, loop, emit)
+    summary = conclude(model, prepared, loop, emit)
     emit(Finished(summary))
     return summary
+
+
+def conclude(model: PreTrainedModel | PeftModel, prepared: Prepared, loop: Loop, emit: Emit) -> Summary:
+    """What a loop that is over leaves in its folder."""
+    position, folder = loop.position, loop.folder
+    _say_if_worse(position, emit)
+    if prepared.config.train.load_best_model_at_end and position.best_step is not None:
+        load_parameters(folder.checkpoint(position.best_step), loop.learner.parameters)
+    return write_results(folder, model, prepared, loop, emit)
 
 
 def _say_if_worse(position: Position, emit: Emit) -> None:
@@ -147,7 +154,10 @@ def _say_if_worse(position: Position, emit: Emit) -> None:
         emit(Warned(f"no evaluation was better than the base's {base:.4f}; the best was {position.best_eval_loss:.4f}"))
 
 
-def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, computation: Computation, world: World) -> Learner:
+def make_learner(
+    model: PreTrainedModel | PeftModel, prepared: Prepared, computation: Computation, world: World
+) -> Learner:
+    """What trains a model that is ready to be trained; all processes start from the main one's values."""
     train = prepared.config.train
     parameters = trainable_parameters(model)
     world.copy_from_main([p.data for p in parameters.values()])
@@ -163,19 +173,23 @@ def _learner(model: PreTrainedModel | PeftModel, prepared: Prepared, computation
     )
 
 
-def _write_origin(folder: RunFolder, prepared: Prepared) -> None:
-    """config.yaml and environment.json: how the run is made. Resumed, it may have other versions and settings."""
+def write_origin(folder: RunFolder, prepared: Prepared, base: str | None = None) -> None:
+    """config.yaml and environment.json: how the run is made. Resumed, it may have other versions and settings.
+
+    Args:
+        base: the fingerprint of the base's weights, where it is known.
+    """
     write_text(folder.config_file, dump_config(prepared.config))
-    write_json(folder.environment_file, _environment(prepared))
+    write_json(folder.environment_file, _environment(prepared, base or base_fingerprint(prepared.config)))
 
 
-def _base_fingerprint(config: Config) -> str | None:
+def base_fingerprint(config: Config) -> str | None:
     """Of the base's weights where they lie in a folder; a model of the hub is told by its revision."""
     folder = Path(config.model.name_or_path).expanduser()
     return weights_fingerprint(folder) if folder.is_dir() else None
 
 
-def _environment(prepared: Prepared) -> dict[str, Any]:
+def _environment(prepared: Prepared, base: str | None) -> dict[str, Any]:
     return {
         **describe_environment(),
         "device": prepared.plan.engine.device,
@@ -183,7 +197,7 @@ def _environment(prepared: Prepared) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "engine": asdict(prepared.plan.engine),
         "fingerprints": {
-            "base": _base_fingerprint(prepared.config),
+            "base": base,
             "train": prepared.train.fingerprint,
             "validation": None if prepared.validation is None else prepared.validation.fingerprint,
             "tokenizer": tokenizer_fingerprint(prepared.tokenizer),

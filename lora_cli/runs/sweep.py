@@ -1,0 +1,57 @@
+"""The folder of a sweep: what it keeps beside the run folders of its members. Knows nothing about what the files say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.errors import RunFolderError
+from lora_cli.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """A folder that holds one sweep, or is to hold one."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The config with its grid."""
+        return self.path / "sweep.yaml"
+
+    @property
+    def state_file(self) -> Path:
+        """Which members there are, and which of them were dropped."""
+        return self.path / "state.json"
+
+    @property
+    def leaderboard_file(self) -> Path:
+        return self.path / "leaderboard.json"
+
+    def member(self, name: str) -> RunFolder:
+        return RunFolder(self.path / name)
+
+    @property
+    def holds_sweep(self) -> bool:
+        return any(map(os.path.lexists, (self.config_file, self.state_file, self.leaderboard_file)))
+
+    def refuse_occupied(self, *, resume: bool = False) -> None:
+        """Raises if a sweep can't be written here, or isn't there to be gone on with. Creates nothing."""
+        RunFolder(self.path).refuse_occupied()
+        if self.holds_sweep and not resume:
+            raise RunFolderError(
+                f"{self.path} holds another sweep",
+                remedy="Continue it with --resume, or write the new one elsewhere with --output-dir.",
+            )
+
+    @contextmanager
+    def claim(self, *, resume: bool = False) -> Iterator[None]:
+        """Creates the folder and keeps every other process out of it while the block runs."""
+        self.refuse_occupied(resume=resume)
+        with RunFolder(self.path).claim():
+            self.refuse_occupied(resume=resume)
+            yield

@@ -1,0 +1,219 @@
+"""A sweep from grid to leaderboard: prepare, load one base, train all members on it, leave a run folder for each.
+
+grid -> candidates (data, plans, proof) -> stack (one base, all adapters) -> rounds -> run folders, leaderboard
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from lora_cli.config import Grid, MemberConfig, dump_config
+from lora_cli.engine.freed import keep_freed_memory
+from lora_cli.engine.step import Abandoned, Learner
+from lora_cli.engine.world import World, join_world
+from lora_cli.errors import Interrupted, UserError
+from lora_cli.report.events import (
+    Emit,
+    Event,
+    Summary,
+    SweepFinished,
+    SweepPlanned,
+    SweepSummary,
+    Warned,
+    Working,
+    ignore,
+)
+from lora_cli.runs.atomic import write_json, write_text
+from lora_cli.runs.sweep import SweepFolder
+from lora_cli.sweep.leaderboard import leaderboard
+from lora_cli.sweep.members import Candidate, assemble, prepare_members
+from lora_cli.sweep.rounds import Member, Rounds
+from lora_cli.sweep.stack import Stack
+from lora_cli.sweep.state import State, read_state
+from lora_cli.train.checkpoint import newest_checkpoint
+from lora_cli.train.disk import failing_writes, require_room_for_run
+from lora_cli.train.loop import Loop
+from lora_cli.train.results import read_summary
+from lora_cli.train.resuming import config_as_before, refuse_other_base, start_position
+from lora_cli.train.run import base_fingerprint, conclude, write_origin
+from lora_cli.train.signals import without_save_requests
+from lora_cli.train.trackers import Trackers
+
+
+def sweep(grid: Grid, *, resume: bool = False, emit: Emit = ignore) -> SweepSummary:
+    """Train every member of `grid` at the same time and leave a run folder for each in the config's `output_dir`.
+
+    Losses and adapters are those of a `lora train` of each, up to the order of summation; dropout draws other masks.
+
+    Args:
+        resume: go on with the sweep in `output_dir`: each member from its newest complete checkpoint.
+
+    Raises:
+        UserError: anything that the user can mend; before training starts, nothing has been written.
+        Interrupted: SIGINT or SIGTERM came; every member has a checkpoint.
+    """
+    with without_save_requests():
+        return _sweep(grid, resume, emit)
+
+
+def _sweep(grid: Grid, resume: bool, emit: Emit) -> SweepSummary:
+    folder = SweepFolder(Path(grid.config.output_dir))
+    world = join_world()
+    if world.distributed:
+        raise UserError(
+            f"a sweep runs in one process, not in {world.size}",
+            remedy="Start it without torchrun, or divide the grid by hand.",
+        )
+    folder.refuse_occupied(resume=resume)
+    for member in grid.members:
+        folder.member(member.name).refuse_occupied(resume=resume and folder.holds_sweep)
+    configs = _configs_as_before(folder, grid) if resume else grid.members
+    state = read_state(folder, [member.name for member in grid.members])
+    candidates = prepare_members(grid, configs, world, emit)
+    emit(_planned(grid, candidates, folder))
+    for candidate in candidates:
+        require_room_for_run(candidate.prepared.plan.writes, folder.member(candidate.name))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    stack, learners = assemble(candidates, world, emit)
+    with ExitStack() as claims:
+        claims.enter_context(failing_writes(folder.member("."), lambda: None, _resume_command(folder)))
+        claims.enter_context(folder.claim(resume=resume))
+        for candidate in candidates:
+            claims.enter_context(folder.member(candidate.name).claim(resume=resume))
+        write_text(folder.config_file, dump_config(grid.config))
+        state.write(folder)
+        try:
+            return _run(grid, folder, candidates, stack, learners, state, world, resume, emit)
+        except KeyboardInterrupt:
+            remedy = f"Go on with: {_resume_command(folder)}"
+            raise Interrupted(signal.SIGINT, "stopped by SIGINT at once", remedy=remedy) from None
+
+
+def _run(
+    grid: Grid,
+    folder: SweepFolder,
+    candidates: Sequence[Candidate],
+    stack: Stack,
+    learners: Sequence[Learner],
+    state: State,
+    world: World,
+    resume: bool,
+    emit: Emit,
+) -> SweepSummary:
+    summaries: dict[str, Summary] = {}
+    by_name = {candidate.name: candidate for candidate in candidates}
+
+    def write_result(member: Member) -> None:
+        with stack.seated(member.number) as model:
+            summaries[member.name] = conclude(model, by_name[member.name].prepared, member.loop, _voice(member.name, emit))
+
+    members = []
+    base = base_fingerprint(candidates[0].prepared.config)
+    for number, (candidate, learner) in enumerate(zip(candidates, learners, strict=True)):
+        loop = _loop(candidate, folder, learner, world, resume, emit)
+        finished = read_summary(loop.folder) if resume else None
+        member = Member(number, candidate.name, loop)
+        if finished is not None and (finished.stopped or finished.steps >= loop.plan.steps.total):
+            summaries[candidate.name] = finished
+            member.at_work = False
+        elif candidate.name in state.failed:
+            member.at_work = False
+        else:
+            write_origin(loop.folder, candidate.prepared, base)
+            loop.stopped = state.dropped(candidate.name) or loop.lost_patience()
+        members.append(member)
+    assert grid.config.sweep is not None
+    rounds = Rounds(
+        stack=stack,
+        members=members,
+        state=state,
+        folder=folder,
+        halving=grid.config.sweep.halving,
+        micro_batch_tokens=max(member.loop.position.micro_batch_tokens for member in members),
+        world=world,
+        emit=emit,
+        conclude=write_result,
+    )
+    try:
+        rounds.run()
+    except Abandoned:
+        number = signal.SIGINT if rounds.signals.received == signal.SIGINT else signal.SIGTERM
+        raise Interrupted(
+            number,
+            f"stopped by {number.name}; every member has a checkpoint",
+            remedy=f"Go on with: {_resume_command(folder)}",
+        ) from None
+    summary = leaderboard(candidates, summaries, state, folder, world)
+    write_json(folder.leaderboard_file, summary.as_json())
+    emit(SweepFinished(summary))
+    return summary
+
+
+def _loop(
+    candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit
+) -> Loop:
+    prepared, own = candidate.prepared, folder.member(candidate.name)
+    voice = _voice(candidate.name, emit)
+    position = start_position(own, learner, prepared, world, resume and newest_checkpoint(own) is not None, voice)
+    return Loop(
+        prepared.config,
+        prepared.plan,
+        learner,
+        prepared.train,
+        prepared.validation,
+        world,
+        own,
+        position,
+        voice,
+        Trackers(),
+    )
+
+
+def _configs_as_before(folder: SweepFolder, grid: Grid) -> tuple[MemberConfig, ...]:
+    """The members' configs of the sweep in `folder`; those given may differ in what can't change the result."""
+    found = []
+    for member in grid.members:
+        own = folder.member(member.name)
+        config = config_as_before(own, member.config)
+        refuse_other_base(own, config)
+        found.append(replace(member, config=config))
+    return tuple(found)
+
+
+def _planned(grid: Grid, candidates: Sequence[Candidate], folder: SweepFolder) -> SweepPlanned:
+    assert grid.config.sweep is not None
+    halving, plans = grid.config.sweep.halving, [candidate.prepared.plan for candidate in candidates]
+    return SweepPlanned(
+        plan=plans[0],
+        members=tuple(candidate.name for candidate in candidates),
+        grid={key: tuple(values) for key, values in grid.config.sweep.grid.items()},
+        trainable=tuple(plan.parameters.trainable for plan in plans),
+        steps=tuple(plan.steps.total for plan in plans),
+        output_dir=str(folder.path),
+        halving=None
+        if halving is None
+        else f"every {halving.every:,} steps the best {halving.keep:.0%} by validation loss go on, "
+        f"at least {halving.at_least}",
+    )
+
+
+def _voice(name: str, emit: Emit) -> Emit:
+    """What a member says, with its name; its steps are told together with those of the others."""
+
+    def say(event: Event) -> None:
+        if isinstance(event, Warned):
+            emit(Warned(f"{name}: {event.text}"))
+        elif isinstance(event, Working) and not event.total:
+            emit(Working(f"{event.what} of {name}"))
+
+    return say
+
+
+def _resume_command(folder: SweepFolder) -> str:
+    return f"lora sweep {shlex.quote(str(folder.config_file))} --resume"
