@@ -35,6 +35,8 @@ _PLACEHOLDERS: dict[str | int, Any] = {
     "path": "-",
     "type": "nf4",
     "output_dir": "-",
+    "grid": {"train.seed": [0]},
+    "every": 1,
 }
 
 

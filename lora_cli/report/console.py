@@ -37,7 +37,6 @@ from lora_cli.report.progress import Lines, Progress, logged_line
 from lora_cli.report.screens import render_plan
 from lora_cli.report.sweeping import SweepProgress, render_leaderboard, render_sweep_plan, sweep_line
 
-
 Advance = Stepped | Logged | Evaluated | Saved | SweepStepped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+
 from lora_cli.engine.world import World
 from lora_cli.report.events import Standing, Summary, SweepSummary
 from lora_cli.runs.sweep import SweepFolder

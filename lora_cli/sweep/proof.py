@@ -83,7 +83,9 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
     everything = [p for own in parameters for p in own]
 
     def batch(copies: int) -> tuple[Tensor, ...]:
-        row = flatten(documents * copies, [np.ones(len(d), dtype=bool) for d in documents * copies], torch.device("cpu"))
+        row = flatten(
+            documents * copies, [np.ones(len(d), dtype=bool) for d in documents * copies], torch.device("cpu")
+        )
         groups = row.documents // len(documents)
         sums = computation.group_losses(base, row, groups, copies)
         # Apart from each other, and every member's loss with a weight of its own.

@@ -111,7 +111,8 @@ def _run(
 
     def write_result(member: Member) -> None:
         with stack.seated(member.number) as model:
-            summaries[member.name] = conclude(model, by_name[member.name].prepared, member.loop, _voice(member.name, emit))
+            prepared, voice = by_name[member.name].prepared, _voice(member.name, emit)
+            summaries[member.name] = conclude(model, prepared, member.loop, voice)
 
     members = []
     base = base_fingerprint(candidates[0].prepared.config)
@@ -155,9 +156,7 @@ def _run(
     return summary
 
 
-def _loop(
-    candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit
-) -> Loop:
+def _loop(candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit) -> Loop:
     prepared, own = candidate.prepared, folder.member(candidate.name)
     voice = _voice(candidate.name, emit)
     position = start_position(own, learner, prepared, world, resume and newest_checkpoint(own) is not None, voice)

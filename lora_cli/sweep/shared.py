@@ -107,9 +107,7 @@ def shared_losses(
 
 
 def _arranged(wishes: Sequence[Wish], micro_batch_tokens: int, computation: Computation) -> list[MicroBatch]:
-    return arrange(
-        wishes, micro_batch_tokens, group=computation.micro_batches, alone=computation.packing == "single"
-    )
+    return arrange(wishes, micro_batch_tokens, group=computation.micro_batches, alone=computation.packing == "single")
 
 
 def _losses(

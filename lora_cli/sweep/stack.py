@@ -167,7 +167,8 @@ def _runs(seats: Seats, layers: Sequence[Any | None]) -> tuple[tuple[Run, ...], 
 
 def _with_dropout(x_TI: Tensor, seats: Seats, layers: Sequence[Any | None]) -> Tensor:
     """What the adapters see: each member's own dropout on its own stretch."""
-    drops = [None if layers[member] is None else layers[member].lora_dropout["default"] for member, _ in seats]
+    seated = [layers[member] for member, _ in seats]
+    drops = [None if layer is None else layer.lora_dropout["default"] for layer in seated]
     if all(drop is None or isinstance(drop, nn.Identity) for drop in drops):
         return x_TI
     parts = x_TI.split([tokens for _, tokens in seats])
