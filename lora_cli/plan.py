@@ -140,6 +140,9 @@ class Memory:
     """What the run is estimated to need on its device."""
 
     process_bytes: int
+    """All that it takes of the device, as nvidia-smi counts it."""
+    allocated_bytes: int
+    """The most that PyTorch will have allocated, as `torch.cuda.max_memory_allocated` counts it."""
     device_bytes: int
 
     @property

@@ -46,12 +46,11 @@ def main() -> None:
 
 def _world(name: str, folder: Path, steps: int | None, batch_size: int) -> Path:
     """Model, rows and config in a folder; the config."""
+    settings: dict[str, Any] = lora_settings(folder, "float32")
     if name == "llama":
         make_world(folder, Shape(rows=13 * 16))
-        settings: dict[str, Any] = lora_settings(folder, "float32")
     else:
         build_tiny_gpt2(folder / "model")
-        settings = lora_settings(folder, "float32")
         settings["data"] = {"train": str(ROOT / "scripts" / "demo" / "train.jsonl"), "max_length": 128}
         settings["train"]["max_steps"] = 20
     settings["train"]["batch_size"] = batch_size
@@ -69,8 +68,8 @@ def measure(config: Path, threads: int) -> dict[str, Any]:
         SystemExit: a command failed, or losses differ.
     """
     folder = config.parent
-    cache = str(folder / "cache")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "LORA_CACHE_DIR": cache}
+    offline = {"HF_HUB_OFFLINE": "1", "LORA_CACHE_DIR": str(folder / "cache")}
+    environment = {**os.environ, **offline, "OMP_NUM_THREADS": str(threads)}
     from lora_cli.config import load_grid
 
     members = load_grid(config, (), GRID).members

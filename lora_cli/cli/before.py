@@ -52,29 +52,41 @@ def check(
     clear_cache: Annotated[
         bool, typer.Option("--clear-cache", help="Delete all tokenized data that is kept, of any run.")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Take a few steps here, to say how long the run will be.")
+    ] = False,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Everything that can be known before the run.
 
     Validates the config, reads the data, counts tokens and parameters, and makes the plan. Writes nothing.
+    With --probe it also loads the weights and times a few steps.
     """
     settings = load(config, set_, no_cache=no_cache)
     from lora_cli.data.cache import Cache, cache_folder
     from lora_cli.engine.planning import make_plan
     from lora_cli.report.console import Console, show
-    from lora_cli.report.screens import render_cache, render_check
+    from lora_cli.report.screens import render_cache, render_check, render_speed
 
     cache = Cache(cache_folder())
     cleared = cache.clear() if clear_cache else None
     with Console(quiet_stdout=as_json) as console:
         plan = make_plan(settings, console.emit)
+        speed = None
+        if probe:
+            from lora_cli.train.probe import probe_speed
+
+            speed = probe_speed(settings, console.emit)
     if as_json:
-        print_json({**_plan_as_json(plan), "cache": asdict(cache.usage())})
+        probed = {} if speed is None else {"probe": asdict(speed)}
+        print_json({**_plan_as_json(plan), "cache": asdict(cache.usage()), **probed})
     else:
         kept = cache.usage()
         deleted = None if cleared is None else cleared.size_bytes
-        show(render_check(plan, cache=render_cache(str(cache.folder), kept.size_bytes, kept.entries, deleted)))
+        shown = render_cache(str(cache.folder), kept.size_bytes, kept.entries, deleted)
+        timed = "" if speed is None else render_speed(**asdict(speed))
+        show(render_check(plan, cache=shown, speed=timed))
 
 
 def preview(
@@ -135,6 +147,9 @@ def estimate(
     vram: Annotated[float | None, typer.Option(min=0, metavar="GIB", help="Memory of the card.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Look for the cheapest change that fits.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Full fine-tuning, LoRA and QLoRA.")] = False,
+    tflops: Annotated[
+        float | None, typer.Option(metavar="N", help="TFLOP/s that the card sustains: says how long it takes.")
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -147,7 +162,7 @@ def estimate(
     from lora_cli.report.console import show
     from lora_cli.report.estimate import render_estimate
 
-    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare)
+    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare, tflops=tflops)
     if as_json:
         print_json(result.as_json())
     else:

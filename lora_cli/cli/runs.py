@@ -37,9 +37,7 @@ def sweep(
     config: ConfigFile,
     grid: Annotated[
         list[str] | None,
-        typer.Option(
-            "--grid", metavar="KEY=[VALUE,...]", help="One setting's values, as adapter.r=[8,16]. Repeatable."
-        ),
+        typer.Option("--grid", metavar="KEY=[VALUE,...]", help="A setting's values: adapter.r=[8,16]. Repeatable."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in output_dir.")] = False,
     output_dir: Annotated[

@@ -110,8 +110,8 @@ class _Reader:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             place = self.node_place(key_node)
-            key = key_node.value
-            if not isinstance(key_node, ScalarNode) or not isinstance(self.scalar(key_node, path), str):
+            key = self.scalar(key_node, path) if isinstance(key_node, ScalarNode) else None
+            if not isinstance(key, str):
                 written = self.written(key_node)
                 self.problem((*path, written), "a key must be text", f'"{written}" in quotes is', place)
             elif key in values:
@@ -124,7 +124,10 @@ class _Reader:
 
     def scalar(self, node: Node, path: Path_) -> Any:
         if node.tag in _TEXT_SCALARS:
-            return node.value
+            text = _with_whole_characters(node.value)
+            if text is None:
+                self.problem(path, "holds half a character", "a \\u escape is one of a pair", self.node_place(node))
+            return text
         if node.tag in _CORE_SCALARS:
             try:
                 return self.construct(node)
@@ -165,6 +168,14 @@ def holds(value: Any, step: str | int) -> bool:
     if isinstance(value, dict):
         return step in value
     return isinstance(value, list) and isinstance(step, int) and step < len(value)
+
+
+def _with_whole_characters(text: str) -> str | None:
+    """JSON escapes a character beyond the first 65,536 as a pair, which YAML takes for two. None: one stands alone."""
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        return None
 
 
 def dotted(path: Path_) -> str:

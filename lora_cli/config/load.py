@@ -35,7 +35,7 @@ _PLACEHOLDERS: dict[str | int, Any] = {
     "path": "-",
     "type": "nf4",
     "output_dir": "-",
-    "grid": {"-": [0]},
+    "grid": {"train.seed": [0]},
     "every": 1,
 }
 

@@ -113,7 +113,8 @@ def _folded(states_1HTE: Tensor, rounds: int) -> Tensor:
     """[1, H, R x T, E] as a view [R, H, T, E]: documents of equal length, a round apart, take one call together."""
     if rounds == 1:
         return states_1HTE
-    return states_1HTE[0].unflatten(1, (rounds, -1)).transpose(0, 1)
+    by_round: Tensor = states_1HTE[0].unflatten(1, (rounds, -1))
+    return by_round.transpose(0, 1)
 
 
 def _sdpa(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,8 @@ def estimate_vram(
     vram_gib: float | None = None,
     fit: bool = False,
     compare: bool = False,
+    tflops: float | None = None,
+    judge_others: bool = True,
     emit: Emit = ignore,
 ) -> Estimate:
     """Peak memory of the run that `config` describes, from its model's config.json alone.
@@ -47,11 +50,15 @@ def estimate_vram(
         vram_gib: the same by its memory.
         fit: look for the largest micro-batch on that card, and for changes that would make it fit.
         compare: LoRA, QLoRA and full fine-tuning side by side.
+        tflops: 10^12 operations that the card sustains in a second, to say how long a million tokens take.
+        judge_others: a verdict for every card of the catalogue.
 
     Raises:
         UserError: an unknown card, a model that can't be read or that can't be traced.
     """
     card = asked_card(gpu, vram_gib)
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise UserError(f"--tflops {tflops:g} is not a speed", remedy="Such as --tflops 120: what `--probe` measures.")
     if fit and card is None:
         raise UserError("--fit needs a card to fit", remedy="Add --gpu rtx-4090, or --vram 24.")
     emit(Working("reading the model's config"))
@@ -75,11 +82,12 @@ def estimate_vram(
         need,
         card,
         verdict,
-        cards=card_verdicts(question, need, emit),
+        cards=card_verdicts(question, need, emit) if judge_others else (),
         changes=changes_that_fit(question, need) if searching and verdict != "yes" else (),
         largest=_largest(question, need, largest) if fit and verdict == "yes" else largest,
         compared=compare_methods(question, need, emit) if compare else (),
         notes=proof.notes,
+        tflops=tflops,
     )
 
 
@@ -89,7 +97,7 @@ def asked_card(gpu: str | None, vram_gib: float | None) -> Card | None:
     if gpu is not None:
         return find_card(gpu)
     if vram_gib is not None:
-        if vram_gib <= 0:
+        if not 0 < vram_gib < math.inf:
             raise UserError(f"--vram {vram_gib:g} is not an amount of memory")
         return Card(f"a card of {vram_gib:g} GiB", vram_gib, (8, 0))
     return None
@@ -168,6 +176,7 @@ def describe(
     largest: int | None,
     compared: tuple[Compared, ...],
     notes: tuple[str, ...],
+    tflops: float | None = None,
 ) -> Estimate:
     """The estimate of a need."""
     from lora_cli.engine.memory.need import MARGIN
@@ -199,6 +208,8 @@ def describe(
         largest_micro_batch_tokens=largest,
         compared=compared,
         assumptions=(*_assumptions(need, card), *notes),
+        flops_per_token=need.flops_per_token,
+        tflops=tflops,
     )
 
 
@@ -228,8 +239,8 @@ def _largest(question: Question, need: Need, known: int | None) -> int | None:
 
 def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
     """The model's config.json, and a config that needs no weights: an adapter's settings in place of its path."""
-    from lora_cli.model.architecture import read_architecture
-    from lora_cli.model.weights import check_prequantized
+    from lora_cli.model.architecture import build_on_meta, read_architecture
+    from lora_cli.model.weights import check_prequantized, quantization_reach, refuse_partial
 
     architecture = read_architecture(config.model)
     came_quantized = vars(architecture).get("quantization_config")
@@ -242,6 +253,9 @@ def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
         from lora_cli.engine.planning import settings_of
 
         config = config.model_copy(update={"adapter": settings_of(adapter.path, config)})
+    if config.model.quantization is not None:
+        base = build_on_meta(architecture, trust_remote_code=config.model.trust_remote_code)
+        refuse_partial(quantization_reach(base), config.model.quantization)
     if config.model.quantization is not None and config.model.quantization.type == "int8":
         raise ModelError(
             "cannot trace int8: which values bitsandbytes treats as outliers depends on the data",
@@ -252,6 +266,7 @@ def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
 
 def _assumptions(need: Need, card: Card | None) -> list[str]:
     from lora_cli.engine.memory.context import context_measured
+    from lora_cli.engine.memory.need import MARGIN
 
     train, longest = need.config.train, max(need.shape.document_lengths)
     checkpointing = "with" if train.gradient_checkpointing else "without"
@@ -260,6 +275,8 @@ def _assumptions(need: Need, card: Card | None) -> list[str]:
         f"the worst case: full micro-batches of examples of {longest:,} tokens, every token supervised",
         "one process alone on the card",
     ]
+    if card is not None:
+        lines.append(f"{MARGIN:.0%} of what is reserved is kept free")
     if card is None:
         lines.append("an Ampere card or newer, in bfloat16")
     if not context_measured(need.target):

@@ -42,6 +42,8 @@ def read_architecture(model: ModelConfig) -> PretrainedConfig:
         )
     except Exception as error:  # what an architecture's own code raises for numbers it can't have is its choice
         raise _explain(error, model) from error
+    if getattr(config.get_text_config(), "vocab_size", 1) in (0, None):
+        raise ModelError(f"model.name_or_path {name}: its config.json has no vocabulary (vocab_size 0)")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name_or_path {name}: {config.model_type} is an encoder-decoder, not a causal LM")
     return config

@@ -51,7 +51,8 @@ def _memory(summary: Summary, plan: Plan | None) -> str:
     peak = f"peak {numbers.gib(summary.peak_memory_bytes)}{' of tensors' if tensors else ', the whole process'}"
     if plan is None or plan.memory is None:
         return peak
-    return f"{peak}; {numbers.gib(plan.memory.process_bytes)} estimated for the whole process"
+    off = 100 * (summary.peak_memory_bytes / plan.memory.allocated_bytes - 1)
+    return f"{peak}, {numbers.percent(abs(off))} {'over' if off > 0 else 'under'} the estimate"
 
 
 def _next_commands(summary: Summary, full: bool) -> list[list[str]]:

@@ -23,6 +23,7 @@ def render_estimate(estimate: Estimate, width: int | None = None) -> str:
     for other in estimate.compared:
         card = f"from {other.smallest_card} on" if other.smallest_card else "on none of these cards"
         lines += labelled(other.name, f"{numbers.gib(other.process_bytes)}, {card}", wide)
+    lines += labelled("work", _work(estimate), wide)
     lines += labelled("assumes", "; ".join(estimate.assumptions), wide)
     return "\n".join(lines)
 
@@ -90,6 +91,15 @@ def _changes(estimate: Estimate, width: int) -> list[str]:
         costs = next((c.costs for c in estimate.changes if setting in c.settings and c.settings[-1] == setting), "")
         lines += labelled("", f"--set {_quoted(setting)}" + (f" ({costs})" if costs else ""), width)
     return lines
+
+
+def _work(estimate: Estimate) -> str:
+    """Operations a token; how many tokens there are, only the data can say."""
+    work = f"{estimate.flops_per_token / 1e9:,.1f} GFLOP a token"
+    seconds = estimate.seconds_per_million_tokens
+    if seconds is None or estimate.tflops is None:
+        return f"{work}; --tflops says how long a million tokens take"
+    return f"{work}: {numbers.duration(seconds)} for a million tokens at {estimate.tflops:g} TFLOP/s"
 
 
 def _quoted(setting: str) -> str:

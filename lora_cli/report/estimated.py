@@ -84,6 +84,14 @@ class Estimate:
     """For the card that was asked about, with `fit`."""
     compared: tuple[Compared, ...]
     assumptions: tuple[str, ...]
+    flops_per_token: float = 0.0
+    """Operations of products and attention to train on one token, recomputed layers included."""
+    tflops: float | None = None
+    """10^12 operations a second that the card is said to sustain."""
+
+    @property
+    def seconds_per_million_tokens(self) -> float | None:
+        return None if self.tflops is None else self.flops_per_token * 1e6 / (self.tflops * 1e12)
 
     @property
     def fits(self) -> bool | None:
@@ -98,6 +106,7 @@ class Estimate:
             **asdict(self),
             "fits": self.fits,
             "spare_bytes": self.spare_bytes,
+            "seconds_per_million_tokens": self.seconds_per_million_tokens,
             "cards": {card.name: card.fits for card in self.cards},
             "card_verdicts": [asdict(card) for card in self.cards],
         }

@@ -139,7 +139,14 @@ def _writes(writes: Writes) -> str:
     return f"{short_path(writes.output_dir)}, {checkpoint}, {numbers.size(writes.free_bytes)} free"
 
 
-def render_check(plan: Plan, width: int | None = None, *, cache: str = "") -> str:
+def render_speed(*, steps: int, tokens_per_second: float, run_seconds: float, tflops: float | None, **_: object) -> str:
+    """What a few timed steps say of the whole run."""
+    work = "" if tflops is None else f", {tflops:.3g} TFLOP/s"
+    took = f"{tokens_per_second:,.0f} tok/s over {numbers.counted(steps, 'step')}{work}"
+    return f"{took}; about {numbers.duration(run_seconds)} for the run's steps"
+
+
+def render_check(plan: Plan, width: int | None = None, *, cache: str = "", speed: str = "") -> str:
     """What `check` shows: one line per thing it looked at, then the verdict."""
     width = width or page_width()
     modules = numbers.counted(adapted_modules(plan.parameters), "module")
@@ -156,6 +163,8 @@ def render_check(plan: Plan, width: int | None = None, *, cache: str = "") -> st
         findings.append(("ok" if plan.memory.fits else "no", "memory", _memory(plan.memory, plan.engine)))
     enough = plan.writes.free_bytes > max(plan.writes.checkpoint_bytes, plan.writes.peak_bytes)
     findings.append(("ok" if enough else "no", "disk", _writes(plan.writes)))
+    if speed:
+        findings.append(("ok", "speed", speed))
     if cache:
         findings.append(("ok", "cache", cache))
     warnings = plan_warnings(plan)

@@ -1,4 +1,4 @@
-"""The folder of a sweep: what it keeps beside its members' run folders. Knows nothing of what the files say."""
+"""The folder of a sweep: what it keeps beside the run folders of its members. Knows nothing of what the files say."""
 
 from __future__ import annotations
 

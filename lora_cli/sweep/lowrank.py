@@ -85,7 +85,8 @@ class _AddLowRank(torch.autograd.Function):
 
 def _part(all_TX: Tensor, run: Run) -> Tensor:
     """A run's tokens as a view [K, L, X]."""
-    return all_TX[run.start : run.stop].unflatten(0, (len(run.factors), run.length))
+    part: Tensor = all_TX[run.start : run.stop].unflatten(0, (len(run.factors), run.length))
+    return part
 
 
 def _column(run: Run, like: Tensor) -> Tensor:

@@ -105,9 +105,7 @@ def _warnings(candidates: Sequence[Candidate]) -> list[str]:
     if any(one.prepared.plan.engine.dropout for one in candidates):
         found["with dropout a member's masks are others than in a run of its own: its losses differ from those"] = None
     if len({one.prepared.train.fingerprint for one in candidates}) > 1:
-        found["data.validation is a share drawn by train.seed: members with other seeds have other held-out rows"] = (
-            None
-        )
+        found["data.validation is a share drawn by train.seed: members of other seeds have other held-out rows"] = None
     return [text for text in found if text not in candidates[0].prepared.plan.warnings] + list(
         candidates[0].prepared.plan.warnings
     )

@@ -51,8 +51,9 @@ class Adapter:
         for name, layer in layers.items():
             is_head = layer is head or layer.get_base_layer() is head
             if not layer.lora_A or is_head:
+                what = "the head" if is_head else "an embedding"
                 raise ModelError(
-                    f"a sweep can't share {name}: {'the head' if is_head else 'an embedding'} isn't run over whole rows",
+                    f"a sweep can't share {name}: {what} isn't run over whole rows",
                     remedy="Leave it out of adapter.target_modules, or train its members one by one with lora train.",
                 )
         adapter = cls(model, layers, base.__dict__.pop("peft_config", None))
@@ -167,7 +168,8 @@ def _runs(seats: Seats, layers: Sequence[Any | None]) -> tuple[tuple[Run, ...], 
 
 def _with_dropout(x_TI: Tensor, seats: Seats, layers: Sequence[Any | None]) -> Tensor:
     """What the adapters see: each member's own dropout on its own stretch."""
-    drops = [None if layers[member] is None else layers[member].lora_dropout["default"] for member, _ in seats]
+    seated = [layers[member] for member, _ in seats]
+    drops = [None if layer is None else layer.lora_dropout["default"] for layer in seated]
     if all(drop is None or isinstance(drop, nn.Identity) for drop in drops):
         return x_TI
     parts = x_TI.split([tokens for _, tokens in seats])

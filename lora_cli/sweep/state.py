@@ -1,4 +1,4 @@
-"""What a sweep remembers between two starts: members, who was dropped when, who failed. A file, whole or absent."""
+"""What a sweep remembers between two starts: its members, who was dropped, who failed. One file, whole or absent."""
 
 from __future__ import annotations
 

@@ -201,6 +201,7 @@ def _report(folder: RunFolder, prepared: Prepared, loop: Loop, summary: Summary,
             example=_first_example(prepared),
             non_defaults=_non_defaults(config),
             max_grad_norm=config.train.max_grad_norm,
+            estimated_bytes=None if prepared.plan.memory is None else prepared.plan.memory.allocated_bytes,
         )
     )
 

@@ -77,7 +77,7 @@ def _train(config: Config, resume: bool, emit: Emit) -> Summary:
         return finished
     emit(Planned(prepared.plan))
     require_room_for_run(prepared.plan.writes, folder)
-    model, learner = _assemble(prepared, world, emit)
+    model, learner = assemble(prepared, world, emit)
     with (
         failing_writes(folder, lambda: newest_checkpoint(folder), resume_command(folder)),
         _stopped_at_once(folder),
@@ -102,7 +102,7 @@ def _stopped_at_once(folder: RunFolder) -> Iterator[None]:
         ) from None
 
 
-def _assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedModel | PeftModel, Learner]:
+def assemble(prepared: Prepared, world: World, emit: Emit) -> tuple[PreTrainedModel | PeftModel, Learner]:
     """The model with its weights, and what trains it. The last of the user's mistakes show here: nothing is written."""
     config = prepared.config
     if world.device.type == "cpu":

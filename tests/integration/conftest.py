@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from lora_cli.config import Config
 from lora_cli.report.events import Event, Stepped, Summary, Warned
 from lora_cli.train import results, train
 from lora_cli.train import run as run_module
+from tests.integration.adapters import make_adapter
 
 ROOT = Path(lora_cli.__file__).parents[1]
 TRAIN_ROWS, HELDOUT_ROWS = 41, 6
@@ -191,3 +193,19 @@ def lora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return int(exit_.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[..., Path], tiny: Path, rows: Path) -> Path:
+    """A run folder with an adapter of random weights, as if trained with the held-out rows as validation."""
+    folder = tmp_path_factory.mktemp("judged")
+    config = write_config(folder, data={"validation": str(rows / "heldout.jsonl")})
+    make_adapter(folder / "run" / "adapter", tiny, scale=0.3)
+    shutil.copy(config, folder / "run" / "config.yaml")
+    return folder / "run"
+
+
+@pytest.fixture
+def judged_copy(judged: Path, tmp_path: Path) -> Path:
+    """The same, to be written into."""
+    return Path(shutil.copytree(judged, tmp_path / "copied"))

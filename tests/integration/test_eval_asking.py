@@ -38,18 +38,9 @@ def labelled(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, write_config, tiny, rows):
-    folder = tmp_path_factory.mktemp("finished")
-    config = write_config(folder, data={"validation": str(rows / "heldout.jsonl")})
-    make_adapter(folder / "run" / "adapter", tiny, scale=0.3)
-    shutil.copy(config, folder / "run" / "config.yaml")
-    return folder / "run"
-
-
 @pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copied")
+def run(judged_copy):
+    return judged_copy
 
 
 def table(run, name="labelled"):

@@ -171,7 +171,7 @@ def test_environment_says_where_the_run_was_made(trained, rows):
 def test_the_resolved_config_repeats_the_run_to_the_bit(trained, tmp_path):
     run = trained("data.validation=0.2", "train.eval_steps=0.3", "adapter.r=4")
     again = load_config(run.folder / "config.yaml", [f"output_dir={tmp_path / 'again'}"])
-    assert again.model_fields_set == {"model", "adapter", "data", "train", "output_dir"}
+    assert again.model_fields_set == {"model", "adapter", "data", "train", "sweep", "output_dir"}
     for section in (again.model, again.adapter, again.data, again.train):
         assert section.model_fields_set == type(section).model_fields.keys(), "every key is written"
     assert "auto" not in [*again.model.model_dump().values(), *again.train.model_dump().values()]

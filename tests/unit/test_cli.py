@@ -36,6 +36,7 @@ Before   init           write a commented starter config
          params         parameter counts per module kind
          estimate-vram  peak memory, what fits, what would make it fit
 Run      train          train; --resume continues
+         sweep          train a grid of settings at the same time, on one frozen base
 After    eval           base and adapter side by side
          generate       text from base and adapters
          merge          streaming, verified merge
@@ -295,7 +296,7 @@ def test_init_into_a_missing_folder_is_refused(lora, tmp_path):
 def test_schema_is_one_json_document(lora):
     code, out, err = lora("schema")
     assert (code, err) == (0, "")
-    assert json.loads(out)["properties"].keys() == {"model", "adapter", "data", "train", "output_dir"}
+    assert json.loads(out)["properties"].keys() == {"model", "adapter", "data", "train", "sweep", "output_dir"}
 
 
 def test_version(lora):

@@ -4,7 +4,8 @@ After `c10/cuda/CUDACachingAllocator.cpp` of PyTorch 2.13 with its default setti
 rounded to 512 bytes. Up to 1 MiB comes from the small pool, in segments of 2 MiB; the rest from the large pool, in
 segments of 20 MiB, or from 10 MiB on in segments of its own size rounded up to 2 MiB. The best fit is the smallest free
 block that is large enough, the lowest address among equals; it is split if what remains is worth keeping. Neighbours
-that are both free merge. When the card is full, cached segments that are free as a whole are given back, and the
+that are both free merge. Which of two segments lies lower is the driver's choice, of which nothing is published: see
+ARENA. When the card is full, cached segments that are free as a whole are given back, and the
 request is tried once more.
 
 With `expandable_segments` each pool is one range that grows by pages of 2 MiB (small) or 20 MiB (large).
@@ -24,6 +25,10 @@ ROUND_LARGE = 2 * 2**20
 
 _SEGMENT_GAP = 2**44
 """Segments lie this far apart in the replay's address space, so that they never touch."""
+ARENA = 32 * 2**20
+"""Segments smaller than this come from the driver's own arenas, at rising addresses; a larger one gets its own range of
+addresses, and those are given out downwards, as Linux's mmap does."""
+_ARENAS_FROM = 2**63
 
 
 class OutOfCard(Exception):
@@ -124,7 +129,8 @@ class CachingAllocator:
             segment = -(-size // ROUND_LARGE) * ROUND_LARGE
         self._reserve(segment)
         self._segments += 1
-        block = _Block(self._segments * _SEGMENT_GAP, segment, small, free=False)
+        apart = self._segments * _SEGMENT_GAP
+        block = _Block(_ARENAS_FROM + (apart if segment < ARENA else -apart), segment, small, free=False)
         self._blocks[block.address] = block
         return block
 

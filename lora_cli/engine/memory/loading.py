@@ -7,6 +7,7 @@ config says so, by bitsandbytes' own code.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -34,11 +35,14 @@ def load_on_meta(
     quantization: QuantizationConfig | None = None,
     trust_remote_code: bool = False,
     warm_up: bool = True,
+    ahead: int = 0,
 ) -> PreTrainedModel:
     """The base, frozen; call it while `tracer` records and `meta` pretends to be the target.
 
     Args:
         warm_up: loaded with a `device_map`, as our trainer does; without one, weights go to the card one by one.
+        ahead: weights that threads have brought to the card before their turn. None where transformers quantizes, in
+            the releases that this project runs with; older ones had four threads.
     """
     with tracer.aside():
         model = build_on_meta(architecture, trust_remote_code=trust_remote_code, dtype=dtype, attention=attention)
@@ -49,15 +53,19 @@ def load_on_meta(
         packed_bytes = 1.0 if quantization is not None and quantization.type == "int8" else 0.5
         sizes = (p.numel() * (packed_bytes if n in names else p.element_size()) for n, p in model.named_parameters())
         tracer.take_and_give_back([int(sum(sizes)) // 2 * 2], "transformers' warm-up")
+    parameters = list(model.named_parameters())
+    if warm_up:
+        parameters.sort(key=lambda item: _natural(item[0]))
+    arrived: deque[Tensor] = deque()
     with _own_tables(bool(names)):
-        parameters = list(model.named_parameters())
-        if warm_up:
-            parameters.sort(key=lambda item: _natural(item[0]))
-        for name, parameter in parameters:
+        for position, (name, _) in enumerate(parameters):
+            while len(arrived) <= ahead and position + len(arrived) < len(parameters):
+                coming, parameter = parameters[position + len(arrived)]
+                arrived.append(_arrive(model, coming, parameter, dtype, tracer, quantized=coming in names))
             if name in names:
-                _quantize(model.get_submodule(name.rpartition(".")[0]), dtype)
+                _quantize(model.get_submodule(name.rpartition(".")[0]), arrived.popleft())
             else:
-                tracer.register([parameter], "other weights")
+                arrived.popleft()
     tracer.register(model.buffers(), "other weights")
     label_weights(model, tracer)
     return model
@@ -92,23 +100,32 @@ def _place_quantized_layers(model: PreTrainedModel, quantization: QuantizationCo
     return {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
 
 
-def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
-    """What loading does with one weight: it comes in the compute dtype, is quantized, and goes."""
+def _arrive(
+    model: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype, tracer: Tracer, *, quantized: bool
+) -> Tensor:
+    """One weight comes to the card: as it will stay, or in the compute dtype, to be quantized there."""
+    if not quantized:
+        tracer.register([parameter], "other weights")
+        return parameter
+    module = model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(module, nn.Linear)
+    return torch.empty((module.out_features, module.in_features), dtype=dtype, device="meta")
+
+
+def _quantize(module: nn.Module, values: Tensor) -> None:
+    """What loading does with one weight that is quantized; its `values` then go."""
     from bitsandbytes import functional
     from bitsandbytes.nn.modules import Int8Params, Linear8bitLt, Params4bit
 
-    assert isinstance(module, nn.Linear)
-    shape = (module.out_features, module.in_features)
     if isinstance(module, Linear8bitLt):
-        values = torch.empty(shape, dtype=torch.float16, device="meta")
-        scales = torch.empty(shape[0], dtype=torch.float32, device="meta")
-        packed = torch.empty(shape, dtype=torch.int8, device="meta")
-        del values
+        scales = torch.empty(values.shape[0], dtype=torch.float32, device="meta")
+        packed = torch.empty(values.shape, dtype=torch.int8, device="meta")
         module.weight = Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
         return
+    assert isinstance(module, nn.Linear)
     old: Any = module.weight
     packed, state = functional.quantize_4bit(
-        torch.empty(shape, dtype=dtype, device="meta"),
+        values,
         blocksize=old.blocksize,
         compress_statistics=old.compress_statistics,
         quant_type=old.quant_type,
@@ -117,6 +134,19 @@ def _quantize(module: nn.Module, dtype: torch.dtype) -> None:
     same: Any = {name: vars(old)[name] for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
     module.weight = Params4bit(packed, quant_state=state, module=cast(Any, module), bnb_quantized=True, **same)
     vars(module)["quant_state"] = state
+
+
+@contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Within it, new modules are left as they come: PEFT makes adapters on the CPU, and nobody will read these."""
+
+    def leave(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return tensor
+
+    names = ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_", "orthogonal_")
+    left: dict[str, Any] = dict.fromkeys(names, leave)
+    with mock.patch.multiple("torch.nn.init", **left):
+        yield
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Need:
     shape: MicroBatches
     replayed: Replay
     trace: Trace = field(repr=False)
+    _capped: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def context_bytes(self) -> int:
@@ -45,9 +46,14 @@ class Need:
         """What nvidia-smi shows."""
         return self.replayed.peak_reserved_bytes + self.context_bytes
 
+    @property
+    def flops_per_token(self) -> float:
+        """Of one forward and backward pass, recomputed layers included, over a full micro-batch."""
+        return self.trace.flops["step 1"] / self.shape.num_tokens
+
     def process_bytes_on(self, card_bytes: int) -> int:
-        """On a card that is nearly full the allocator gives back what it has cached."""
-        return min(self.process_bytes, card_bytes) if self.fits(card_bytes) else self.process_bytes
+        """On a card that is nearly full the allocator gives back what it has cached; elsewhere `process_bytes`."""
+        return self.taken_on(card_bytes) or self.process_bytes
 
     @property
     def base_bytes(self) -> int:
@@ -56,17 +62,25 @@ class Need:
         return sum(self.replayed.components.get(kind, 0) for kind in kinds)
 
     def fits(self, card_bytes: int) -> bool:
-        """Whether a card of this size runs it with the margin to spare, its allocator giving back cached blocks."""
-        room = card_bytes - self.context_bytes
-        if self.replayed.peak_reserved_bytes * (1 + MARGIN) <= room:
-            return True
-        if self.replayed.peak_allocated_bytes * (1 + MARGIN) > room:
-            return False
-        try:
-            replay(self.trace, capacity_bytes=int(room / (1 + MARGIN)))
-        except OutOfCard:
-            return False
-        return True
+        """Whether a card of this size runs it with the margin to spare."""
+        return self.taken_on(card_bytes) is not None
+
+    def taken_on(self, card_bytes: int) -> int | None:
+        """What it takes of a card of this size with the margin kept free, its allocator giving back what it must.
+
+        None when it doesn't fit.
+        """
+        room = int((card_bytes - self.context_bytes) / (1 + MARGIN))
+        if self.replayed.peak_reserved_bytes <= room:
+            return self.process_bytes
+        if self.replayed.peak_allocated_bytes > room:
+            return None
+        if room not in self._capped:
+            try:
+                self._capped[room] = replay(self.trace, capacity_bytes=room).peak_reserved_bytes + self.context_bytes
+            except OutOfCard:
+                self._capped[room] = None
+        return self._capped[room]
 
 
 class Rehearsals:
@@ -77,6 +91,7 @@ class Rehearsals:
         self._proof = proof
         self._known: dict[tuple[str, Target], Need] = {}
         self._traces: dict[tuple[str, Target], Trace] = {}
+        self._replays: dict[tuple[str, Target, int], tuple[Replay, Trace]] = {}
 
     def need(self, config: Config, target: Target) -> Need:
         """The need of `config`; `micro_batch_tokens` and `gradient_checkpointing` must be resolved."""
@@ -86,17 +101,20 @@ class Rehearsals:
             tokens = config.train.micro_batch_tokens
             assert isinstance(tokens, int), "resolved by the caller"
             shape = worst_micro_batches(config, tokens, computation)
-            trace = self._trace(key[0], config, target, shape)
-            self._known[key] = Need(config, target, shape, replay(trace), trace)
+            self._known[key] = Need(config, target, shape, *self._replayed(key[0], config, target, shape))
         return self._known[key]
 
-    def _trace(self, name: str, config: Config, target: Target, shape: MicroBatches) -> Trace:
+    def _replayed(self, name: str, config: Config, target: Target, shape: MicroBatches) -> tuple[Replay, Trace]:
         """Ampere and what came after it run the same kernels; only cuBLAS's workspace differs."""
         alike = Target("cuda", (8, 0)) if target.capability >= (8, 0) else target
+        workspace = workspace_bytes(target)
         if (name, alike) not in self._traces:
             computation = self.computation(config, alike)
             self._traces[name, alike] = rehearse(config, self._architecture, computation, alike, shape)
-        return self._traces[name, alike].with_workspace(workspace_bytes(target))
+        if (name, alike, workspace) not in self._replays:
+            trace = self._traces[name, alike].with_workspace(workspace)
+            self._replays[name, alike, workspace] = (replay(trace), trace)
+        return self._replays[name, alike, workspace]
 
     def computation(self, config: Config, target: Target) -> Computation:
         """How the run's forward pass will go on the target."""

@@ -86,6 +86,8 @@ class _Pretend(TorchFunctionMode):
             kwargs = {**kwargs, "device": self._really(kwargs["device"])}
         if func is Tensor.tolist and _GET_DEVICE(args[0]).type == "meta":
             return torch.zeros(args[0].shape).tolist()
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = (args[0], tuple(self._index(item) for item in args[1]))
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], torch.device | str):
             args = (args[0], self._really(args[1]), *args[2:])
         if torch.is_autocast_enabled(self._device.type):
@@ -101,6 +103,12 @@ class _Pretend(TorchFunctionMode):
         """Where a tensor that is asked for on the target's device has to go."""
         wanted = torch.device(device)
         return _META if wanted.type == self._device.type else wanted
+
+    def _index(self, item: Any) -> Any:
+        """The `[-1]` of `x[..., [-1]]`, which otherwise stays on the host: indexing brings it to the target's device
+        (`aten/src/ATen/native/IndexingUtils.h`)."""
+        listed = isinstance(item, list) and all(type(number) is int for number in item)
+        return torch.empty(len(item), dtype=torch.int64, device="meta") if listed else item
 
 
 def _attention(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

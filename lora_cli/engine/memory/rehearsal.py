@@ -22,9 +22,8 @@ from lora_cli.config import Config
 from lora_cli.engine.assembly import attach, causal_lm, leave_out_side_outputs, trainable_parameters
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation
-from lora_cli.engine.memory.loading import label_weights, load_on_meta
+from lora_cli.engine.memory.loading import label_weights, load_on_meta, without_initial_values
 from lora_cli.engine.memory.pretend import pretend
-from lora_cli.engine.memory.scratch import workspace_bytes
 from lora_cli.engine.memory.trace import Trace
 from lora_cli.engine.memory.tracer import Tracer
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
@@ -96,7 +95,7 @@ def _rehearse(
         truth=len(shape.document_lengths) == 1,
     )
     full = config.adapter is None
-    with _quiet(), tracer, pretend(target), _paged_aside(config.train.optim, tracer):
+    with _quiet(), tracer, pretend(target), paged_aside(config.train.optim, tracer):
         tracer.trace.mark("load")
         base = load_on_meta(
             architecture,
@@ -107,7 +106,7 @@ def _rehearse(
             trust_remote_code=config.model.trust_remote_code,
         )
         leave_out_side_outputs(base)
-        with torch.device("meta"):
+        with without_initial_values():
             model = attach(base, config, computation)
         label_weights(model, tracer)
         learner = learner_of(model, config, computation, target, tracer)
@@ -139,28 +138,25 @@ def learner_of(
 def take_steps(learner: Learner, target: Target, shape: MicroBatches, tracer: Tracer) -> None:
     """Two optimizer steps; in the first the optimizer's state is born."""
     world = World(0, 1, target.device, state=None)
-    workspace = workspace_bytes(target)
-    tracer.keep_workspace(workspace)
     for step in (1, 2):
         tracer.trace.mark(f"step {step}")
         tracer.begin("forward")
         count = min(step, shape.per_step)
         supervised = count * sum(length - 1 for length in shape.document_lengths)
-        train_step(learner, _batches(count, shape, target, tracer), supervised, world)
-        if step == 1:
-            tracer.keep_workspace(workspace)  # of the autograd engine's thread
+        train_step(learner, worst_batches(count, shape, target.device), supervised, world)
     tracer.trace.mark("end")
 
 
-def _batches(count: int, shape: MicroBatches, target: Target, tracer: Tracer) -> Iterator[FlatBatch]:
+def worst_batches(count: int, shape: MicroBatches, device: torch.device) -> Iterator[FlatBatch]:
+    """Full micro-batches of one shape, every token supervised."""
     documents = [np.zeros(length, np.int64) for length in shape.document_lengths]
     trained = [np.ones(length, bool) for length in shape.document_lengths]
     for _ in range(count):
-        yield flatten(documents, trained, target.device)
+        yield flatten(documents, trained, device)
 
 
 @contextmanager
-def _paged_aside(optimizer: str, tracer: Tracer) -> Iterator[None]:
+def paged_aside(optimizer: str, tracer: Tracer) -> Iterator[None]:
     """A paged optimizer's state lies in managed memory, outside of PyTorch's allocator; the driver moves it to the host
     where the card is full."""
     if not optimizer.startswith("paged_"):

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from lora_cli.engine.memory.allocator import CachingAllocator
-from lora_cli.engine.memory.trace import Birth, Trace
+from lora_cli.engine.memory.trace import EMPTY_CACHE, Birth, Trace
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def replay(trace: Trace, *, since: str = "load", capacity_bytes: int | None = No
     phase, peak, peak_event = "", -1, 0
     for position, event in enumerate(trace.events):
         for name in marks.get(position, ()):
-            if name == "empty cache":
+            if name == EMPTY_CACHE:
                 allocator.empty_cache()
             else:
                 phase = name

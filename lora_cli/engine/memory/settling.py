@@ -70,4 +70,8 @@ def _with(config: Config, tokens: int) -> Config:
 
 
 def _memory(need: Need, card_bytes: int) -> Memory:
-    return Memory(process_bytes=need.process_bytes_on(card_bytes), device_bytes=card_bytes)
+    return Memory(
+        process_bytes=need.process_bytes_on(card_bytes),
+        allocated_bytes=need.replayed.peak_allocated_bytes,
+        device_bytes=card_bytes,
+    )

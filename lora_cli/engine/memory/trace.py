@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 WORKSPACE = "library workspace"
 """The operator of a birth that no operator made: a library's workspace, kept for good."""
 
+EMPTY_CACHE = "empty cache"
+"""The mark at which the allocator gives back what it has cached."""
+
 
 @dataclass
 class Birth:
@@ -32,10 +35,19 @@ class Trace:
     events: list[int] = field(default_factory=list)
     """`i + 1`: storage i is born; `-(i + 1)`: it dies."""
     marks: list[tuple[int, str]] = field(default_factory=list)
-    """Number of events at which something begins: `load`, `step 1`, `step 2`, a phase, `empty cache`."""
+    """Number of events at which something begins: `load`, `step 1`, `step 2`, a phase, or EMPTY_CACHE."""
+    flops: dict[str, int] = field(default_factory=dict)
+    """Floating-point operations of matrix products and attention since each mark of a step: `step 1`, `step 2`."""
 
     def mark(self, name: str) -> None:
         self.marks.append((len(self.events), name))
+        if name.startswith("step "):
+            self.flops[name] = 0
+
+    def count(self, flops: int) -> None:
+        """Operations of the step that goes on; those of loading belong to none."""
+        if self.flops:
+            self.flops[next(reversed(self.flops))] += flops
 
     def allocate(self, birth: Birth) -> int:
         """The number of the storage that is born."""
@@ -49,7 +61,7 @@ class Trace:
     def with_workspace(self, size_bytes: int) -> Trace:
         """The same trace with libraries' lasting workspaces of another size."""
         births = [replace(b, size_bytes=size_bytes) if b.operator == WORKSPACE else b for b in self.births]
-        return Trace(births, self.events, self.marks)
+        return Trace(births, self.events, self.marks, self.flops)
 
     def alive_after(self, count: int) -> Iterator[int]:
         """Storages alive after the first `count` events."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_cli.engine.memory.scratch import Scratch
+from lora_cli.engine.memory.operations import flops_of
+from lora_cli.engine.memory.scratch import LT_WORKSPACE_BYTES, Scratch, libraries, workspace_bytes
 from lora_cli.engine.memory.shapes import KnownShapes
 from lora_cli.engine.memory.trace import WORKSPACE, Birth, Trace
 from lora_cli.engine.target import Target
@@ -57,6 +58,9 @@ class Tracer(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
         self._sum: _Sum | None = None
         self._shapes = KnownShapes() if device_type == "meta" else None
+        on_card = device_type == "meta" and target.kind == "cuda"
+        self._workspaces = {"cublas": workspace_bytes(target), "cublaslt": LT_WORKSPACE_BYTES} if on_card else {}
+        self._taken: set[tuple[str, bool]] = set()
 
     def __enter__(self) -> Tracer:
         gc.disable()
@@ -87,7 +91,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._truth if args[0].dtype == torch.bool else self._number
-        parts = self._scratch.parts.get(func) if self._device_type == "meta" else None
+        parts = self._scratch.parts(func) if self._device_type == "meta" else None
         if parts is not None and not self._within:
             return self._record_within(parts, args, kwargs)
         sizes = self._scratch.sizes(func, args)
@@ -98,9 +102,22 @@ class Tracer(TorchDispatchMode):
             for item in result:
                 if isinstance(item, Tensor):
                     self._see(item, func, args)
+        if self._workspaces:
+            self._take_workspaces(func, args)
+        if self._shapes is not None:
+            self.trace.count(flops_of(func, args, kwargs, result))
         if sizes:
             self.take_and_give_back(sizes, str(func))
         return result
+
+    def _take_workspaces(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Those that a thread asks for the first time; the backward pass has a thread of its own."""
+        for library in libraries(func, args):
+            key = (library, self.phase == "backward")
+            if key not in self._taken:
+                self._taken.add(key)
+                operator = WORKSPACE if library == "cublas" else library
+                self._birth(self._workspaces[library], "workspace", operator)
 
     def _record_within(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call whose operators are recorded one by one; PyTorch suspends this mode while it handles an operator."""
@@ -117,10 +134,6 @@ class Tracer(TorchDispatchMode):
         numbers = [self._birth(size, "workspace", operator) for size in sizes]
         for number in reversed(numbers):
             self.trace.free(number)
-
-    def keep_workspace(self, size_bytes: int) -> None:
-        """A block that no tensor shows and that stays."""
-        self._birth(size_bytes, "workspace", WORKSPACE)
 
     def register(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Storages that were there before, as born now, or the kind of those that are known."""

@@ -1,143 +1,117 @@
-from __future__ import annotations
+"""A grid of settings: its members, and everything that can be wrong with it, each with its place."""
 
-import json
+from __future__ import annotations
 
 import pytest
 
 from lora_cli.config import dump_config, load_config, load_grid
 from lora_cli.errors import ConfigError
 
-BASE = """\
-model: {name_or_path: some/model}
-data: {train: rows.jsonl, validation: 0.1}
-sweep:
-  grid:
-    adapter.r: [4, 8]
-    train.learning_rate: [1.0e-4, 2.0e-3]
-output_dir: runs/all
-"""
+CONFIG = "model: {name_or_path: gpt2}\ndata: {train: a.jsonl}\noutput_dir: out\n"
 
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "sweep.yaml"
-    path.write_text(BASE)
-    return path
+    def write(sweep, config=CONFIG):
+        path = tmp_path / "sweep.yaml"
+        path.write_text(f"{config}sweep: {sweep}\n" if sweep else config)
+        return path
+
+    return write
 
 
-def problems(file, *grid, overrides=()):
+def test_members_are_all_combinations_with_names_and_folders_of_their_own(file):
+    found = load_grid(file("{grid: {adapter.r: [8, 16], train.learning_rate: [1e-4, 2e-4]}}"))
+    assert [member.name for member in found.members] == [
+        "01-r8-lr1e-4",
+        "02-r8-lr2e-4",
+        "03-r16-lr1e-4",
+        "04-r16-lr2e-4",
+    ]
+    last = found.members[-1].config
+    assert (last.adapter.r, last.adapter.lora_alpha, last.train.learning_rate) == (16, 32, 2e-4)
+    assert last.output_dir.endswith("out/04-r16-lr2e-4") and last.sweep is None
+
+
+def test_options_add_to_the_grid_and_replace(file):
+    path = file("{grid: {adapter.r: [8, 16]}}")
+    found = load_grid(path, grid=["adapter.r=[4]", "train.seed=[1, 2, 3]"])
+    assert [(m.config.adapter.r, m.config.train.seed) for m in found.members] == [(4, 1), (4, 2), (4, 3)]
+    assert len(load_grid(file(""), grid=["train.seed=[1, 2]"]).members) == 2
+
+
+@pytest.mark.parametrize(
+    ("sweep", "named"),
+    [
+        ("", "missing"),
+        ("{grid: {}}", "sweep.grid"),
+        ("{grid: {adapter.r: []}}", "adapter.r"),
+        ("{grid: {adapter.r: [8, 8]}}", "given twice"),
+        ("{grid: {adapter.r: [8, fast]}}", "not a whole number"),
+        ("{grid: {adapter.rank: [8, 16]}}", "unknown key"),
+        ("{grid: {model.name_or_path: [a, b]}}", "all members train on one base"),
+        ("{grid: {model.quantization: [null, {type: nf4}]}}", "all members train on one base"),
+        ("{grid: {data.max_length: [8, 16]}}", "all members are tokenized alike"),
+        ("{grid: {train.micro_batch_tokens: [8, 16]}}", "can't differ"),
+        ("{grid: {adapter.use_dora: [true, false]}}", "can't differ"),
+        ("{grid: {train.seed: [1, 2, 3, 4]}, max_members: 3}", "4 combinations; at most 3"),
+        ("{grid: {adapter.r: [16], adapter.lora_alpha: [32, null]}}", "are the same run"),
+        ("{grid: {train.seed: [1, 2]}, halving: {every: 5}}", "no validation data"),
+        ("{grid: {train.seed: [1, 2]}, halving: {every: 0}}", "halving.every"),
+        ("{grid: {train.seed: 1, x: 2}}", "is not a list"),
+    ],
+)
+def test_a_mistake_is_named(file, sweep, named):
     with pytest.raises(ConfigError) as error:
-        load_grid(file, overrides, grid)
-    return error.value.problems
+        load_grid(file(sweep))
+    assert any(named in f"{each.key} {each.message} {each.hint}" for each in error.value.problems), error.value.problems
 
 
-def test_every_combination_is_a_member_with_a_config_and_a_folder_of_its_own(file):
-    members = load_grid(file).members
-    assert [member.name for member in members] == ["01-r4-lr1e-4", "02-r4-lr2e-3", "03-r8-lr1e-4", "04-r8-lr2e-3"]
-    assert [member.config.adapter.r for member in members] == [4, 4, 8, 8]
-    assert [member.config.train.learning_rate for member in members] == [1e-4, 2e-3, 1e-4, 2e-3]
-    assert {member.config.output_dir for member in members} == {f"runs/all/{member.name}" for member in members}
-    assert all(member.config.sweep is None for member in members)
+@pytest.mark.parametrize("option", ["adapter.r", "=[1]", "adapter.r=[1", "adapter.r="])
+def test_an_option_that_is_no_setting(file, option):
+    with pytest.raises(ConfigError):
+        load_grid(file("{grid: {train.seed: [1, 2]}}"), grid=[option])
 
 
-def test_alpha_follows_each_rank_as_it_does_in_a_run(file):
-    assert [m.config.adapter.lora_alpha for m in load_grid(file).members] == [8, 8, 16, 16]
+def test_what_has_no_low_rank_part_of_its_own_is_refused(file):
+    text = CONFIG + "adapter: {modules_to_save: [lm_head]}\n"
+    with pytest.raises(ConfigError) as error:
+        load_grid(file("{grid: {train.seed: [1, 2]}}", text))
+    assert [each.key for each in error.value.problems] == ["adapter.modules_to_save"]
 
 
 def test_a_member_is_the_config_that_set_would_make(file, tmp_path):
-    member = load_grid(file).members[3]
+    member = load_grid(file("{grid: {adapter.r: [4, 8], train.learning_rate: [1e-4, 2e-3]}}")).members[3]
     plain = tmp_path / "plain.yaml"
-    plain.write_text(BASE[: BASE.index("sweep:")] + "output_dir: runs/all/04-r8-lr2e-3\n")
+    plain.write_text(CONFIG.replace("output_dir: out", f"output_dir: out/{member.name}"))
     assert member.config == load_config(plain, ["adapter.r=8", "train.learning_rate=2.0e-3"])
 
 
-def test_the_grid_of_the_command_line_comes_on_top(file):
-    grid = load_grid(file, (), ["adapter.r=[16]", "train.seed=[1, 2]"])
-    assert [m.name for m in grid.members] == [
-        "01-lr1e-4-seed1",
-        "02-lr1e-4-seed2",
-        "03-lr2e-3-seed1",
-        "04-lr2e-3-seed2",
-    ]
-    assert {m.config.adapter.r for m in grid.members} == {16}
-
-
-def test_a_grid_survives_its_own_dump(file, tmp_path):
+def test_a_grid_survives_its_own_dump_and_alpha_still_follows_the_rank(file, tmp_path):
     again = tmp_path / "again.yaml"
-    again.write_text(dump_config(load_grid(file).config))
-    assert [m.changes for m in load_grid(again).members] == [m.changes for m in load_grid(file).members]
+    grid = load_grid(file("{grid: {adapter.r: [4, 8]}}"))
+    again.write_text(dump_config(grid.config, given_only=True))
+    found = load_grid(again).members
+    assert [m.changes for m in found] == [m.changes for m in grid.members]
+    assert [m.config.adapter.lora_alpha for m in found] == [8, 16]
 
 
 def test_a_bad_value_is_shown_where_the_grid_has_it(file):
-    file.write_text(BASE.replace("[4, 8]", "[4, -8]").replace("2.0e-3]", "fast]"))
-    found = problems(file)
-    assert [(p.place.line, p.place.column, p.key) for p in found] == [
-        (6, 35, "train.learning_rate"),
-        (5, 20, "adapter.r"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("option", "message", "hint"),
-    [
-        ("model.name_or_path=[a, b]", "all members train on one base", "set it once"),
-        ("model.quantization=[null]", "all members train on one base", "set it once"),
-        ("data.max_length=[64, 128]", "tokenized alike", "set it once"),
-        ("output_dir=[a, b]", "has a folder in it", "set it once"),
-        ("adapter.use_dora=[true, false]", "low-rank part", "set it once"),
-        ("train.micro_batch_tokens=[1, 2]", "memory and speed alone", "set it once"),
-        ("adapter.lora_r=[1]", "unknown key", "`adapter.r`"),
-        ("lr=[1]", "unknown key", "`train.learning_rate`"),
-        ("adapter.r=[]", "is empty", ""),
-        ("adapter.r=8", "is not a list", ""),
-        ("adapter.r=[8, 8]", "8 is given twice", "keep one"),
-        ("adapter.r=[", "", ""),
-    ],
-)
-def test_what_a_grid_cannot_have(file, option, message, hint):
-    found = problems(file, option)
-    assert len(found) == 1
-    assert message in found[0].message and hint in found[0].hint
+    with pytest.raises(ConfigError) as error:
+        load_grid(file("\n  grid:\n    adapter.r: [4, -8]\n    train.learning_rate: [1.0e-4, fast]"))
+    places = [(each.place.line, each.place.column, each.key) for each in error.value.problems]
+    assert sorted(places) == [(6, 20, "adapter.r"), (7, 35, "train.learning_rate")]
 
 
 def test_a_huge_grid_is_refused_before_it_is_made(file):
-    (found,) = problems(
-        file, f"train.seed={json.dumps(list(range(1000)))}", f"train.batch_size={json.dumps(list(range(1, 1000)))}"
-    )
-    assert "3,996,000 combinations" in found.message and "max_members" in found.hint
-
-
-def test_members_that_would_be_the_same_run_are_refused(file):
-    found = problems(file, "adapter.r=[8]", "adapter.lora_alpha=[null, 16]")
-    assert len(found) == 2 and all("are the same run" in problem.message for problem in found)
-
-
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("adapter=null", "sweep"),
-        ("adapter.use_dora=true", "adapter.use_dora"),
-        ("adapter.modules_to_save=[lm_head]", "adapter.modules_to_save"),
-        ("train.report_to=[tensorboard]", "train.report_to"),
-        ("sweep.halving={every: 0}", "sweep.halving.every"),
-        ("sweep.halvin={every: 5}", "sweep.halvin"),
-    ],
-)
-def test_what_a_sweep_cannot_share(file, override, key):
-    assert key in [problem.key for problem in problems(file, overrides=[override])]
-
-
-def test_halving_needs_rows_to_rank_by(file):
-    (found,) = problems(file, overrides=["data.validation=null", "sweep.halving={every: 5}"])
-    assert found.key == "sweep.halving"
-
-
-def test_without_a_grid_there_is_no_sweep(file):
-    (found,) = problems(file, overrides=["sweep=null"])
-    assert found.key == "sweep.grid" and "--grid" in found.hint
+    seeds, sizes = list(range(1000)), list(range(1, 1000))
+    with pytest.raises(ConfigError) as error:
+        load_grid(file(""), grid=[f"train.seed={seeds}", f"train.batch_size={sizes}"])
+    (found,) = error.value.problems
+    assert "999,000 combinations" in found.message and "max_members" in found.hint
 
 
 def test_values_without_a_plain_spelling_are_numbered(file):
     targets = 'adapter.target_modules=[all-linear, [q_proj, v_proj], ".*attn.*(q|v)_proj"]'
-    names = [m.name for m in load_grid(file, (), ["adapter.r=[8]", "train.learning_rate=[1e-3]", targets]).members]
+    names = [member.name for member in load_grid(file(""), grid=[targets]).members]
     assert names == ["01-targets-1", "02-targets-2", "03-targets-3"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from lora_cli.config import load_config
 from lora_cli.config.document import read_document
 from lora_cli.errors import ConfigError, UserError
 
+JSON = '{"model": {"name_or_path": "gpt2"}, "data": {"train": "a.jsonl"}, "output_dir": "out"}'
 MINIMAL = "model: {name_or_path: gpt2}\ndata: {train: a.jsonl}\noutput_dir: out\n"
 
 
@@ -60,6 +62,8 @@ def test_all_mistakes_come_at_once_in_file_order(problems):
         ("adapter: {bias: lora}", '"lora" is not allowed here'),
         ("adapter: {target_modules: []}", "[] is empty"),
         ("adapter: {r: 3, r: 4}", "given twice"),
+        ('adapter: {"\\ud800": 4}', "half a character"),
+        ('adapter: {target_modules: ["a\\udc00b"]}', "half a character"),
         ("adapter:", "is empty"),
         ("adapter: {1: 2}", "a key must be text"),
         ("adapter: {r: !!python/object:os.system 3}", "no type of a config"),
@@ -82,6 +86,15 @@ def test_a_mistake_is_named_with_its_place(problems, line, message):
     found = problems(MINIMAL + line + "\n")
     assert any(message in each.message for each in found), found
     assert all(each.place is not None and each.place.line == 4 for each in found)
+
+
+def test_json_may_escape_a_character_as_a_pair(write):
+    assert load_config(write(json.dumps({**json.loads(JSON), "output_dir": "\U0001f600"}))).output_dir == "\U0001f600"
+
+
+def test_two_mistakes_in_one_list_are_both_named(problems):
+    found = problems(MINIMAL.replace("a.jsonl", "[{path: a, weigth: 2}, {path: 3}]"))
+    assert [each.key for each in found] == ["data.train.0.weigth", "data.train.1.path"]
 
 
 def test_yaml_is_1_2(write):
@@ -199,6 +212,8 @@ def test_contradictions_wait_for_the_values_they_depend_on(problems):
         "https://user:secret@host/data.jsonl",
         "https://host/a.jsonl?token=abcdef",
         "ghp_" + "x" * 36,
+        "sk-proj-" + "a1B2" * 8,
+        "AKIA" + "A1" * 8,
     ],
 )
 def test_a_secret_is_refused_and_never_shown(write, secret):
@@ -207,6 +222,12 @@ def test_a_secret_is_refused_and_never_shown(write, secret):
     assert any("token" in each.message for each in raised.value.problems)
     for part in (secret, secret.split("@")[0].split("//")[-1], secret.split("token=")[-1]):
         assert part not in str(raised.value.problems)
+
+
+def test_what_stands_behind_a_name_that_says_secret_is_starred(problems):
+    lines = "train:\n  wandb_api_key: abc123\n  password: two words  # not this\n"
+    for each in problems(MINIMAL + lines):
+        assert each.place is not None and "abc123" not in each.place.text and "two words" not in each.place.text
 
 
 def test_null_weights_and_validation_weights(problems):

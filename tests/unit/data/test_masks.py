@@ -144,9 +144,9 @@ def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data
     try:
         got = previews(path, style, max_length=100_000)
     except DataError as error:
-        # These trim or move a content, so where it spells a control token it may not be told from the
-        # template.
-        if (style.moves or style.name == "llama2") and "can't be kept as text" in error.message:
+        # These trim or move a content, or (Gemma 4) take pieces out of an answer, so where it spells a control token it
+        # may not be told from the template.
+        if (style.moves or style.name in ("llama2", "gemma4")) and "can't be kept as text" in error.message:
             return
         raise
     wanted = [_squeezed(answer + style.turn_end) for answer in answers]

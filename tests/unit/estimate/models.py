@@ -48,6 +48,7 @@ SPECIALS: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
     "starcoder2": {},
     "gpt_oss": {
         "head_dim": 16,

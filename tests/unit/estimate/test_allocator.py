@@ -119,3 +119,14 @@ def test_blocks_never_overlap_and_nothing_is_lost(sizes: list[tuple[int, bool]],
     allocator.empty_cache()
     assert allocator.reserved_bytes == 0
     assert allocator.peak_reserved_bytes >= allocator.peak_allocated_bytes
+
+
+def test_of_two_equal_blocks_the_later_large_segment_is_taken_first() -> None:
+    """The driver gives large segments falling addresses, and the allocator prefers the lowest."""
+    allocator = CachingAllocator()
+    first, second = allocator.allocate(40 * MIB), allocator.allocate(40 * MIB)
+    allocator.free(first)
+    allocator.free(second)
+    assert allocator.allocate(40 * MIB) == second
+    buffers = [allocator.allocate(9 * MIB) for _ in range(4)]
+    assert buffers == sorted(buffers)

@@ -67,7 +67,7 @@ def plan(parameters: ParameterReport) -> Plan:
         validation=DataAccount(500, 500, 0, 0, 208012, 71204, 1800, 1800),
         steps=Steps(2340, 780, 3.0, 16, 70, 2e-4, "cosine"),
         engine=Engine("NVIDIA GeForce RTX 4090", 1, 8192, "documents", "chunked", True, 0.0),
-        memory=Memory(int(11.5 * GIB), int(23.6 * GIB)),
+        memory=Memory(int(11.5 * GIB), int(11.0 * GIB), int(23.6 * GIB)),
         writes=Writes("runs/docs", 480 * 2**20, "every 200 steps", 214 * GIB),
         warnings=("41 rows lose their end at data.max_length 2048; 3072 keeps them all",),
     )

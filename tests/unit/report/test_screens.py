@@ -59,7 +59,7 @@ def test_max_steps_is_not_shown_as_whole_epochs(plan: Plan) -> None:
 
 
 def test_memory_that_does_not_fit_says_how_much_is_missing(plan: Plan) -> None:
-    plan = replace(plan, memory=Memory(int(25.7 * 2**30), int(23.6 * 2**30)))
+    plan = replace(plan, memory=Memory(int(25.7 * 2**30), int(25.0 * 2**30), int(23.6 * 2**30)))
     assert "does not fit, 2.1 too much" in flat(render_plan(plan, 140))
     check = render_check(plan, 140)
     assert "  no  memory" in check
@@ -100,6 +100,13 @@ def test_losses_name_their_span(plan: Plan, summary: Summary) -> None:
     screen = flat(render_summary(summary, plan, 140))
     assert "train 1.4127 -> 1.0219 (means of first and last 50 steps)" in screen
     assert "valid 1.3981 -> 1.0346 (first and last evaluation), best 1.0341 at step 2,200" in screen
+
+
+def test_measured_memory_is_compared_with_what_was_to_be_allocated(plan: Plan, summary: Summary) -> None:
+    """Peak allocated against allocated, 11.4 of 11.0 GiB: not against the whole process, which takes more."""
+    on_card = replace(plan, engine=replace(plan.engine, device="cuda"))
+    assert "peak 11.4 GiB of tensors, 3.6 % over the estimate" in flat(render_summary(summary, on_card, 140))
+    assert "estimate" not in render_summary(summary, replace(plan, memory=None), 140)
 
 
 def test_next_commands_survive_a_folder_with_spaces(plan: Plan, summary: Summary) -> None:
