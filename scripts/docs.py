@@ -23,6 +23,8 @@ SECTIONS = {
     "data": "DataConfig",
     "data.train[]": "Source",
     "train": "TrainConfig",
+    "sweep": "SweepConfig",
+    "sweep.halving": "HalvingConfig",
 }
 
 
