@@ -39,7 +39,7 @@ def prove_sharing(architecture: PretrainedConfig, computation: Computation, adap
     """
     distinct = list({adapter.model_dump_json(exclude={"lora_dropout"}): adapter for adapter in adapters}.values())
     tried = [*distinct[:_MEMBERS], *distinct[:1]]
-    plain = Computation(computation.packing, computation.loss, torch.float32, computation.attention)
+    plain = Computation(computation.packing, computation.loss, torch.float32, computation.attention, computation.fusion)
     try:
         apart = _largest_difference(miniature(architecture), plain, tried)
     except NoMiniature as error:
@@ -75,7 +75,8 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
                 parameter.normal_(std=0.1, generator=generator)
         parameters.append(trained)
         adapters.append(Adapter.taken_from(base, model))
-    stack = Stack(base, adapters)
+    stack = Stack(base, adapters, fewest_tokens=0)
+    base.train(computation.fusion == "layers")  # the fused arithmetic steps aside in evaluation
     draw = np.random.Generator(np.random.PCG64(0))
     documents = [draw.integers(3, 60, length) for length in _LENGTHS]
     if computation.packing == "single":

@@ -9,21 +9,27 @@ A member's adapter is PEFT's own, made as `lora train` makes it. While it isn't 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_cli.engine.fused.fitting import is_fused_layer, layer_of, plain_call
+from lora_cli.engine.fused.layer import DecoderLayer
 from lora_cli.errors import ModelError
+from lora_cli.sweep.layer import run_layer
 from lora_cli.sweep.lowrank import Run, add_low_rank
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+FEWEST_TOKENS = 128
+"""Of a member in a row, on average, from which on whole layers run fused."""
 Seats = tuple[tuple[int, int], ...]
 """(member, tokens) in the order of a row."""
 
@@ -69,23 +75,67 @@ class Stack:
     adapters: Sequence[Adapter]
     seats: Seats = ()
     """Set before each row. Checkpointed layers read it again in the backward pass, before the next row comes."""
+    fewest_tokens: int = FEWEST_TOKENS
     _shared: dict[str, nn.Module] = field(default_factory=dict, init=False)
     _bare: dict[str, nn.Module] = field(default_factory=dict, init=False)
+    _layers: dict[str, list[DecoderLayer]] = field(default_factory=dict, init=False)
+    """Whole decoder layers that the fused arithmetic fits with every member's adapter in them, by member."""
 
     def __post_init__(self) -> None:
         for name in dict.fromkeys(name for adapter in self.adapters for name in adapter.layers):
             layers = [adapter.layers.get(name) for adapter in self.adapters]
             self._bare[name] = next(layer for layer in layers if layer is not None).get_base_layer()
             self._shared[name] = SharedLinear(self._bare[name], layers, self)
+        self._find_layers()
+
+    def _find_layers(self) -> None:
+        """Of the layers that run fused for one member, those that do so for all."""
+        fused = [name for name, module in self.base.named_modules() if is_fused_layer(module)]
+        found: dict[str, list[DecoderLayer | None]] = {name: [] for name in fused}
+        for number in range(len(self.adapters)):
+            with self.seated(number):
+                for name, layers in found.items():
+                    layers.append(layer_of(self.base.get_submodule(name)))
+        for name, layers in found.items():
+            fitting = [layer for layer in layers if layer is not None]
+            if len(fitting) == len(layers):
+                self._layers[name] = fitting
 
     @contextmanager
     def shared(self) -> Iterator[PreTrainedModel]:
         """Within it, the base runs rows of several members, as `seats` says."""
         _put(self.base, self._shared)
+        modules = {name: self.base.get_submodule(name) for name in self._layers}
+        own = {name: module.forward for name, module in modules.items()}
+        for name, module in modules.items():
+            module.forward = partial(self._run_layer, module, self._layers[name], own[name])
         try:
             yield self.base
         finally:
+            for name, module in modules.items():
+                module.forward = own[name]
             _put(self.base, self._bare)
+
+    def _run_layer(
+        self,
+        module: nn.Module,
+        layers: Sequence[DecoderLayer],
+        own: Callable[..., Any],
+        hidden_1TM: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        call = plain_call(module, layers[0], hidden_1TM, args, kwargs)
+        # Weights are joined with each member's adapter anew: for a few tokens that costs more than it saves.
+        if call is None or hidden_1TM.shape[1] < len(self.seats) * self.fewest_tokens:
+            return own(hidden_1TM, *args, **kwargs)
+        stretches, start = [], 0
+        for member, tokens in self.seats:
+            stretches.append((slice(start, start + tokens), layers[member]))
+            start += tokens
+        cos, sin, lengths = call
+        with torch.autocast(hidden_1TM.device.type, enabled=False):
+            return run_layer(hidden_1TM[0], stretches, cos, sin, lengths).unsqueeze(0)
 
     @contextmanager
     def seated(self, member: int) -> Iterator[PeftModel]:

@@ -44,7 +44,7 @@ def fuse(model: nn.Module, fusion: Fusion | None) -> int:
     fitted, within = 0, set[int]()
     if fusion == "layers":
         for module in model.modules():
-            if _layer_of(module) is not None:
+            if layer_of(module) is not None:
                 _replace(module, _layer_forward)
                 within.update(id(inner) for inner in module.modules())
                 fitted += 1
@@ -93,8 +93,8 @@ def _adapted(module: nn.Module) -> Adapted | None:
     return None
 
 
-def _layer_of(module: nn.Module) -> DecoderLayer | None:
-    """The module's parts when it is made as Llama's decoder layers are."""
+def layer_of(module: nn.Module) -> DecoderLayer | None:
+    """The module's parts at this moment when it is made as Llama's decoder layers are; None for anything else."""
     children = dict(module.named_children())
     if children.keys() != _LAYER:
         return None
@@ -143,17 +143,27 @@ def _activation(module: nn.Module) -> Activation | None:
 
 
 def _layer_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    layer = layer_of(module)
+    call = None if layer is None else plain_call(module, layer, hidden_states, args, kwargs)
+    if layer is None or call is None:
+        return own(hidden_states, *args, **kwargs)
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        out: Tensor = FusedLayer.apply(hidden_states[0], layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
+    return out.unsqueeze(0)
+
+
+def plain_call(
+    module: nn.Module, layer: DecoderLayer, hidden_1TM: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
+    """cos, sin [T, E] and the documents' lengths of a training call; None when it asks for more than is fused."""
     lengths, positions = kwargs.get("document_lengths"), kwargs.get("position_embeddings")
     plain = not args and kwargs.get("past_key_values") is None and kwargs.get("attention_mask") is None
     if not (plain and lengths and positions and torch.is_grad_enabled() and module.training):
-        return own(hidden_states, *args, **kwargs)
-    layer = _layer_of(module)
+        return None
     cos, sin = positions
-    if layer is None or not _takes(layer, hidden_states, cos) or _window(module) < max(lengths):
-        return own(hidden_states, *args, **kwargs)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        out: Tensor = FusedLayer.apply(hidden_states[0], layer, cos[0], sin[0], lengths, *layer.trained)  # type: ignore[no-untyped-call]
-    return out.unsqueeze(0)
+    if not _takes(layer, hidden_1TM, cos) or _window(module) < max(lengths):
+        return None
+    return cos[0], sin[0], lengths
 
 
 def _takes(layer: DecoderLayer, hidden_1TM: Tensor, cos_1TE: Tensor) -> bool:
@@ -184,6 +194,12 @@ def _linear_forward(module: nn.Module, own: Callable[..., Any], x: Tensor, *args
 
 def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = partial(forward, module, module.forward)  # a partial, so that a copied model calls its own parts
+
+
+def is_fused_layer(module: nn.Module) -> bool:
+    """Whether the module runs as a whole fused layer wherever it can."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, partial) and forward.func is _layer_forward
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -150,10 +150,10 @@ def test_quantized_layers_run_their_own_code() -> None:
 
     model = live("llama")
     for block in model.model.layers:  # type: ignore[union-attr]
-        assert fitting._layer_of(block) is not None
+        assert fitting.layer_of(block) is not None
         lora = block.mlp.up_proj
         lora.base_layer = bnb.nn.Linear4bit(32, 48, bias=False, quant_type="nf4")
-        assert fitting._layer_of(block) is None
+        assert fitting.layer_of(block) is None
     assert fuse(model, "layers") == 0
     assert fuse(model, "linears") == 2 * 6
 

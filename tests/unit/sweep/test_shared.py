@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from lora_cli.sweep.proof import prove_sharing
 from lora_cli.sweep.shared import shared_losses, shared_step
 from lora_cli.sweep.stack import Adapter, Stack
 from tests.unit.engine import tiny
+
+stack_module = sys.modules[Stack.__module__]  # the package gives its function where the room would be
 
 LENGTHS = [9, 5, 14, 3, 7, 11]
 SEVERAL = [
@@ -59,7 +62,7 @@ def in_four_bits(model):
     return model.requires_grad_(False)
 
 
-def members(base, configs, computation, rate=1e-2):
+def members(base, configs, computation, rate=1e-2, **settings):
     adapters, learners = [], []
     for number, config in enumerate(configs):
         model = attach_adapter(base, config, seed=number)
@@ -79,7 +82,7 @@ def members(base, configs, computation, rate=1e-2):
             Learner(base, trained, optimizer, make_scheduler(train, optimizer, 9), scaler, computation, 1.0)
         )
         adapters.append(Adapter.taken_from(base, model))
-    return Stack(base, adapters), learners
+    return Stack(base, adapters, **settings), learners
 
 
 def wishes(examples, rows):
@@ -107,21 +110,29 @@ def alone(stack, learners, examples, rows):
     return found
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "gemma2", "qwen3", "nf4"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "fused llama", "mistral", "gemma2", "qwen3", "nf4"])
 @pytest.mark.parametrize("packing", ["documents", "single"])
 @pytest.mark.parametrize("tokens", [4096, 40])
-def test_a_shared_step_is_the_step_of_each_alone(examples, model_type, packing, tokens):
-    base = in_four_bits(tiny.tiny_model("llama")) if model_type == "nf4" else tiny.tiny_model(model_type)
-    computation = Computation(packing, "chunked", torch.float32, "eager")
+def test_a_shared_step_is_the_step_of_each_alone(examples, model_type, packing, tokens, monkeypatch):
+    kind = model_type if model_type in tiny.SETTINGS else "llama"
+    base = in_four_bits(tiny.tiny_model(kind)) if model_type == "nf4" else tiny.tiny_model(kind)
+    fusion = "layers" if model_type == "fused llama" and packing == "documents" else None
+    computation = Computation(packing, "chunked", torch.float32, "eager", fusion)
     # The first two see the same rows, as members with one seed do; the others have their own.
     rows = {0: [0, 1, 2], 1: [0, 1, 2], 2: [4, 2], 3: [5]}
-    stack, learners = members(base, SEVERAL, computation)
-    other, theirs = members(copy.deepcopy(base), SEVERAL, computation)
+    copied = copy.deepcopy(base)
+    stack, learners = members(base, SEVERAL, computation, fewest_tokens=0)
+    # The runs alone take the modules' own code, whatever the shared step takes.
+    other, theirs = members(copied, SEVERAL, Computation(packing, "chunked", torch.float32, "eager"))
+    runs = []
+    run_layer = stack_module.run_layer
+    monkeypatch.setattr(stack_module, "run_layer", lambda *given: runs.append(given) or run_layer(*given))
     for _ in range(2):
         ours, expected = together(stack, learners, examples, rows, tokens), alone(other, theirs, examples, rows)
         for number in rows:
             assert ours[number].loss == pytest.approx(expected[number].loss, rel=1e-6)
             assert ours[number].grad_norm == pytest.approx(expected[number].grad_norm, rel=1e-5)
+    assert bool(runs) == (fusion is not None)
     for one, another in zip(learners, theirs, strict=True):
         for name, parameter in one.parameters.items():
             torch.testing.assert_close(parameter, another.parameters[name], rtol=1e-5, atol=1e-6)
@@ -213,6 +224,9 @@ def test_the_base_is_left_as_it_was(examples):
 def test_sharing_is_proven_for_what_can_share(model_type):
     computation = Computation("documents", "chunked", torch.float32, "eager")
     assert prove_sharing(tiny.tiny_config(model_type), computation, SEVERAL[:3]) < 1e-5
+    if model_type == "llama":
+        fused = Computation("documents", "chunked", torch.float32, "eager", "layers")
+        assert prove_sharing(tiny.tiny_config(model_type), fused, SEVERAL[:3]) < 1e-5
 
 
 def test_a_head_cannot_be_shared():
