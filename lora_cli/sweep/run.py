@@ -78,7 +78,7 @@ def _sweep(grid: Grid, resume: bool, emit: Emit) -> SweepSummary:
     configs = _configs_as_before(folder, grid) if resume else grid.members
     state = read_state(folder, [member.name for member in grid.members])
     candidates = prepare_members(grid, configs, world, emit)
-    emit(_planned(grid, candidates, folder))
+    emit(_planned(grid, candidates, folder, world))
     for candidate in candidates:
         require_room_for_run(candidate.prepared.plan.writes, folder.member(candidate.name))
     if world.device.type == "cpu":
@@ -145,7 +145,9 @@ def _run(
         state=state,
         folder=folder,
         halving=grid.config.sweep.halving,
-        micro_batch_tokens=_tokens_at_once(grid, members, world),
+        micro_batch_tokens=_tokens_at_once(
+            grid, min(member.loop.position.micro_batch_tokens for member in members), world
+        ),
         world=world,
         emit=emit,
         conclude=write_result,
@@ -165,9 +167,8 @@ def _run(
     return summary
 
 
-def _tokens_at_once(grid: Grid, members: Sequence[Member], world: World) -> int:
+def _tokens_at_once(grid: Grid, own: int, world: World) -> int:
     """What was asked for; else what one run would take on a card, and on a CPU a few times that: it is faster."""
-    own = min(member.loop.position.micro_batch_tokens for member in members)
     asked = grid.config.train.micro_batch_tokens
     return own * MICRO_BATCHES_AT_ONCE if asked == "auto" and world.device.type == "cpu" else own
 
@@ -201,11 +202,13 @@ def _configs_as_before(folder: SweepFolder, grid: Grid) -> tuple[MemberConfig, .
     return tuple(found)
 
 
-def _planned(grid: Grid, candidates: Sequence[Candidate], folder: SweepFolder) -> SweepPlanned:
+def _planned(grid: Grid, candidates: Sequence[Candidate], folder: SweepFolder, world: World) -> SweepPlanned:
     assert grid.config.sweep is not None
     halving, plans = grid.config.sweep.halving, [candidate.prepared.plan for candidate in candidates]
+    engine = plans[0].engine
+    engine = replace(engine, micro_batch_tokens=_tokens_at_once(grid, engine.micro_batch_tokens, world))
     return SweepPlanned(
-        plan=plans[0],
+        plan=replace(plans[0], engine=engine),
         members=tuple(candidate.name for candidate in candidates),
         grid={key: tuple(values) for key, values in grid.config.sweep.grid.items()},
         trainable=tuple(plan.parameters.trainable for plan in plans),
