@@ -76,7 +76,7 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
         parameters.append(trained)
         adapters.append(Adapter.taken_from(base, model))
     stack = Stack(base, adapters, fewest_tokens=0)
-    base.train(computation.fusion == "layers")  # the fused arithmetic steps aside in evaluation
+    base.train(computation.fusion in ("native", "layers"))  # the fused arithmetic steps aside in evaluation
     draw = np.random.Generator(np.random.PCG64(0))
     documents = [draw.integers(3, 60, length) for length in _LENGTHS]
     if computation.packing == "single":

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from lora_cli.engine.fused.gated import GatedBlock
 from lora_cli.engine.fused.layer import DecoderLayer, FusedLayer, Norm
 from lora_cli.engine.fused.linear import Adapted, LoraLinear
+from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.fused.native.layer import NativeLayer, takes
 from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import Linear as PeftLinear
 
-Fusion = Literal["layers", "linears"]
-"""`layers`: whole decoder layers, and adapted linear layers outside of them. `linears`: adapted linear layers alone."""
+Fusion = Literal["native", "layers", "linears"]
+"""`layers`: whole decoder layers, and adapted linear layers outside of them. `native`: the same on compiled kernels.
+`linears`: adapted linear layers alone."""
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -34,7 +37,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 def fuse(model: nn.Module, fusion: Fusion | None) -> int:
     """Put the fused arithmetic in place of what it fits, or with None the modules' own code back; how many it fitted.
 
-    0 with `layers` when no whole layer fits, whatever its linear layers do.
+    0 with `layers` and `native` when no whole layer fits, whatever its linear layers do.
     """
     for module in model.modules():
         if _is_ours(module):
@@ -42,10 +45,12 @@ def fuse(model: nn.Module, fusion: Fusion | None) -> int:
     if fusion is None:
         return 0
     fitted, within = 0, set[int]()
-    if fusion == "layers":
+    if fusion == "native" and not kernels.available():
+        return 0
+    if fusion != "linears":
         for module in model.modules():
             if layer_of(module) is not None:
-                _replace(module, _layer_forward)
+                _replace(module, _native_forward if fusion == "native" else _layer_forward)
                 within.update(id(inner) for inner in module.modules())
                 fitted += 1
         if not fitted:
@@ -152,6 +157,16 @@ def _layer_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Te
     return out.unsqueeze(0)
 
 
+def _native_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    layer = layer_of(module)
+    call = None if layer is None else plain_call(module, layer, hidden_states, args, kwargs)
+    if layer is None or call is None or not takes(layer, call[2]):
+        return _layer_forward(module, own, hidden_states, *args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        out: Tensor = NativeLayer.apply(hidden_states[0], layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
+    return out.unsqueeze(0)
+
+
 def plain_call(
     module: nn.Module, layer: DecoderLayer, hidden_1TM: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
@@ -199,9 +214,9 @@ def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
 def is_fused_layer(module: nn.Module) -> bool:
     """Whether the module runs as a whole fused layer wherever it can."""
     forward = module.__dict__.get("forward")
-    return isinstance(forward, partial) and forward.func is _layer_forward
+    return isinstance(forward, partial) and forward.func in (_native_forward, _layer_forward)
 
 
 def _is_ours(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
-    return isinstance(forward, partial) and forward.func in (_layer_forward, _linear_forward)
+    return isinstance(forward, partial) and forward.func in (_native_forward, _layer_forward, _linear_forward)

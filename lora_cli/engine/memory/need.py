@@ -124,7 +124,7 @@ class Rehearsals:
             loss="full" if wanted == "full" else self._proof.loss,
             dtype=target_dtype(config, target),
             attention=self._proof.attention,
-            fusion=self._proof.fusion if target.kind == "cpu" else None,
+            fusion=None if target.kind != "cpu" else "layers" if self._proof.fusion == "native" else self._proof.fusion,
         )
 
 

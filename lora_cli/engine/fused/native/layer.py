@@ -1,0 +1,90 @@
+"""`fused.layer`'s decoder layer on compiled kernels: each pass between products once over memory, attention by document
+without padding, and one product for layers that share an input.
+
+Kept for the way back are the layer's input, queries, keys and values with their positions, attention's output, the
+hidden state between the two halves, and gate and up, in whose place their gradients come.
+
+Dimension names: T tokens, M model width, H query heads, K key heads, E head size, I intermediate width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli.engine.fused.layer import DecoderLayer
+from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.fused.native.joint import Joint
+
+LONGEST = 4096
+"""Tokens of a document up to which attention is faster than PyTorch's."""
+
+
+def takes(layer: DecoderLayer, lengths: Sequence[int]) -> bool:
+    """Whether the kernels fit this call."""
+    return max(lengths) <= LONGEST and layer.block.activation in kernels.KINDS
+
+
+class NativeLayer(torch.autograd.Function):
+    """`DecoderLayer` on hidden states [T, M]; cos and sin are [T, E], `lengths` those of the documents."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TM: Tensor,
+        layer: DecoderLayer,
+        cos_TE: Tensor,
+        sin_TE: Tensor,
+        lengths: Sequence[int],
+        *trained: Tensor,
+    ) -> Tensor:
+        x_TM, cos_TE, sin_TE, dtype = x_TM.contiguous(), cos_TE.contiguous(), sin_TE.contiguous(), x_TM.dtype
+        heads = _heads(layer, lengths)
+        first, second = layer.attention_norm, layer.block_norm
+        qkv = Joint(layer.inputs, dtype).project(kernels.rms_norm(x_TM, first.weight, first.eps))
+        kernels.rotate(qkv, heads.query + heads.key, cos_TE, sin_TE)
+        attended, log_sums = kernels.attend(qkv, heads)
+        hidden_TM = Joint([layer.output], dtype).project(attended)
+        normed = kernels.rms_norm(hidden_TM, second.weight, second.eps, more_TM=x_TM)
+        gate_up = Joint((layer.block.gate, layer.block.up), dtype).project(normed)
+        out_TM = Joint([layer.block.down], dtype).project(kernels.gated(gate_up, layer.block.activation))
+        ctx.layer, ctx.heads, ctx.spent = layer, heads, False
+        ctx.save_for_backward(
+            *(x_TM, cos_TE, sin_TE, qkv, attended, log_sums, hidden_TM, gate_up),
+            *trained,  # their versions are checked on the way back
+        )
+        return out_TM.add_(hidden_TM)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError("a fused layer's backward pass runs once: gradients took the place of what it had kept")
+        layer, heads, ctx.spent = ctx.layer, ctx.heads, True
+        x_TM, cos_TE, sin_TE, qkv, attended, log_sums, hidden_TM, gate_up, *_ = ctx.saved_tensors
+        grad_TM, dtype, block = grad_TM.contiguous(), x_TM.dtype, layer.block
+        first, second = layer.attention_norm, layer.block_norm
+        down, pair = Joint([block.down], dtype), Joint((block.gate, block.up), dtype)
+        wide_TI = down.back(grad_TM)
+        kernels.gated_back(gate_up, wide_TI, block.activation)
+        block_grads = pair.gradients(kernels.rms_norm(hidden_TM, second.weight, second.eps), gate_up)
+        block_grads += down.gradients(wide_TI, grad_TM)
+        del wide_TI
+        hidden_grad = kernels.rms_norm_back(pair.back(gate_up), hidden_TM, second.weight, grad_TM, second.eps)
+        output, inputs = Joint([layer.output], dtype), Joint(layer.inputs, dtype)
+        qkv_grad = kernels.attend_back(output.back(hidden_grad), attended, log_sums, qkv, heads)
+        kernels.rotate(qkv_grad, heads.query + heads.key, cos_TE, sin_TE, -1.0)
+        grads = inputs.gradients(kernels.rms_norm(x_TM, first.weight, first.eps), qkv_grad)
+        grads += [*output.gradients(attended, hidden_grad), *block_grads]
+        into = None
+        if ctx.needs_input_grad[0]:
+            into = kernels.rms_norm_back(inputs.back(qkv_grad), x_TM, first.weight, hidden_grad, first.eps)
+        return (into, None, None, None, None, *grads)
+
+
+def _heads(layer: DecoderLayer, lengths: Sequence[int]) -> kernels.Heads:
+    size = layer.head_size
+    counts = (len(layer.query.weight) // size, len(layer.key.weight) // size)
+    return kernels.Heads(*counts, size, layer.scale, lengths)

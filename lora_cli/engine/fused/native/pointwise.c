@@ -1,0 +1,241 @@
+/* What stands between products, one pass over memory each: RMS norms, rotary positions, gated activations, and the
+ * cross-entropy of logits. Rows are [T, width] with a stride in values; `half` says bfloat16, else float32; arithmetic
+ * is in float32 and rounded once. */
+
+#include "vectors.h"
+
+enum { SILU = 0, GELU_TANH = 1 };
+
+INLINE float inverse_rms(const void *x, int64_t width, float eps, int half) {
+    vec squares[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= width; i += 4 * WIDTH)
+        for (int k = 0; k < 4; k++) {
+            vec v = load(x, i + k * WIDTH, half);
+            squares[k] += v * v;
+        }
+    float total = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (; i < width; i++) total += get(x, i, half) * get(x, i, half);
+    return 1.0f / sqrtf(total / (float)width + eps);
+}
+
+INLINE void normed_row(const void *x, float inverse, const void *weight, void *out, int64_t width, int half) {
+    int64_t i = 0;
+    for (; i + WIDTH <= width; i += WIDTH) {
+        vec v = load(x, i, half) * inverse;
+        if (half) { /* transformers rounds before the weight */
+            uint16_t between[WIDTH];
+            store(between, 0, v, 1);
+            v = load(between, 0, 1);
+        }
+        store(out, i, v * load(weight, i, half), half);
+    }
+    for (; i < width; i++) {
+        float v = get(x, i, half) * inverse;
+        if (half) {
+            uint16_t between = rounded(v);
+            v = get(&between, 0, 1);
+        }
+        put(out, i, v * get(weight, i, half), half);
+    }
+}
+
+INLINE void added_row(void *x, const void *more, int64_t width, int half) {
+    int64_t i = 0;
+    for (; i + WIDTH <= width; i += WIDTH) store(x, i, load(x, i, half) + load(more, i, half), half);
+    for (; i < width; i++) put(x, i, get(x, i, half) + get(more, i, half), half);
+}
+
+/* out = RMS norm of x; where `more` is given, x becomes x + more first. */
+EXPORT void rms_norm(int half, int64_t rows, int64_t width, void *x, const void *more, const void *weight, float eps,
+                     void *out, int64_t out_stride) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        void *xs = row_of(x, t, width, half), *to = row_of(out, t, out_stride, half);
+        const void *mores = more ? row_of(more, t, width, half) : 0;
+        if (half) {
+            if (more) added_row(xs, mores, width, 1);
+            normed_row(xs, inverse_rms(xs, width, eps, 1), weight, to, width, 1);
+        } else {
+            if (more) added_row(xs, mores, width, 0);
+            normed_row(xs, inverse_rms(xs, width, eps, 0), weight, to, width, 0);
+        }
+    }
+}
+
+INLINE void norm_back_row(void *grad, const void *x, const void *weight, const void *residual, float eps, int64_t width,
+                          int half) {
+    float inverse = inverse_rms(x, width, eps, half);
+    vec dots[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= width; i += 2 * WIDTH)
+        for (int k = 0; k < 2; k++) {
+            int64_t at = i + k * WIDTH;
+            dots[k] += load(grad, at, half) * load(weight, at, half) * load(x, at, half);
+        }
+    float dot = sum_of(dots[0] + dots[1]);
+    for (; i < width; i++) dot += get(grad, i, half) * get(weight, i, half) * get(x, i, half);
+    float back = dot * inverse * inverse * inverse / (float)width;
+    for (i = 0; i + WIDTH <= width; i += WIDTH) {
+        vec v = load(grad, i, half) * load(weight, i, half) * inverse - load(x, i, half) * back;
+        store(grad, i, v + load(residual, i, half), half);
+    }
+    for (; i < width; i++) {
+        float v = get(grad, i, half) * get(weight, i, half) * inverse - get(x, i, half) * back;
+        put(grad, i, v + get(residual, i, half), half);
+    }
+}
+
+/* grad, that of a norm's output, becomes that of its input plus `residual`. */
+EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, void *grad, const void *x, const void *weight,
+                          const void *residual, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        void *g = row_of(grad, t, width, half), *xs = row_of(x, t, width, half), *r = row_of(residual, t, width, half);
+        if (half) norm_back_row(g, xs, weight, r, eps, width, 1);
+        else norm_back_row(g, xs, weight, r, eps, width, 0);
+    }
+}
+
+INLINE void turn(void *head, const void *cosine, const void *sine, float sign, int64_t half_size, int half) {
+    int64_t i = 0;
+    for (; i + WIDTH <= half_size; i += WIDTH) {
+        vec first = load(head, i, half), second = load(head, i + half_size, half);
+        store(head, i, first * load(cosine, i, half) - second * (load(sine, i, half) * sign), half);
+        store(head, i + half_size,
+              second * load(cosine, i + half_size, half) + first * (load(sine, i + half_size, half) * sign), half);
+    }
+    for (; i < half_size; i++) {
+        float first = get(head, i, half), second = get(head, i + half_size, half);
+        put(head, i, first * get(cosine, i, half) - second * get(sine, i, half) * sign, half);
+        put(head, i + half_size,
+            second * get(cosine, i + half_size, half) + first * get(sine, i + half_size, half) * sign, half);
+    }
+}
+
+/* Rotary positions in place on the first `heads` heads of each row, halves paired; sign -1 turns back. */
+EXPORT void rotate(int half, int64_t rows, int64_t heads, int64_t size, void *x, int64_t stride, const void *cosine,
+                   const void *sine, float sign) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        void *c = row_of(cosine, t, size, half), *s = row_of(sine, t, size, half);
+        for (int64_t h = 0; h < heads; h++) {
+            void *head = row_of(row_of(x, t, stride, half), h, size, half);
+            if (half) turn(head, c, s, sign, size / 2, 1);
+            else turn(head, c, s, sign, size / 2, 0);
+        }
+    }
+}
+
+/* The activation and its derivative. tanh(u) is 1 - 2 / (1 + e^2u). */
+INLINE vec activation(vec x, int kind, vec *slope) {
+    if (kind == SILU) {
+        vec gate = 1.0f / (1.0f + exponential_vec(-x));
+        *slope = gate * (1.0f + x * (1.0f - gate));
+        return x * gate;
+    }
+    vec u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    vec tangent = 1.0f - 2.0f / (1.0f + exponential_vec(2.0f * u));
+    vec inner = 0.7978845608028654f * (1.0f + 3.0f * 0.044715f * x * x);
+    *slope = 0.5f * (1.0f + tangent) + 0.5f * x * (1.0f - tangent * tangent) * inner;
+    return 0.5f * x * (1.0f + tangent);
+}
+
+/* Sixteen values of a row, or the `count` that are left of it. */
+INLINE vec load_some(const void *row, int64_t index, int64_t count, int half) {
+    if (count >= WIDTH) return load(row, index, half);
+    vec v = {0};
+    for (int64_t i = 0; i < count; i++) v[i] = get(row, index + i, half);
+    return v;
+}
+
+INLINE void store_some(void *row, int64_t index, vec v, int64_t count, int half) {
+    if (count >= WIDTH) {
+        store(row, index, v, half);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) put(row, index + i, v[i], half);
+}
+
+INLINE void gated_row(const void *gate, const void *up, void *out, int64_t width, int kind, int half) {
+    for (int64_t i = 0; i < width; i += WIDTH) {
+        vec slope, v = activation(load_some(gate, i, width - i, half), kind, &slope);
+        store_some(out, i, v * load_some(up, i, width - i, half), width - i, half);
+    }
+}
+
+/* out [T, width] = act(gate) * up, from rows of [gate, up]. */
+EXPORT void gated(int half, int kind, int64_t rows, int64_t width, const void *gate_up, void *out) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        void *gate = row_of(gate_up, t, 2 * width, half), *up = row_of(gate, 1, width, half);
+        void *to = row_of(out, t, width, half);
+        if (half) {
+            if (kind == SILU) gated_row(gate, up, to, width, SILU, 1);
+            else gated_row(gate, up, to, width, GELU_TANH, 1);
+        } else {
+            if (kind == SILU) gated_row(gate, up, to, width, SILU, 0);
+            else gated_row(gate, up, to, width, GELU_TANH, 0);
+        }
+    }
+}
+
+INLINE void gated_back_row(void *gate, void *up, void *grad, int64_t width, int kind, int half) {
+    for (int64_t i = 0; i < width; i += WIDTH) {
+        int64_t count = width - i;
+        vec slope, g = load_some(grad, i, count, half), u = load_some(up, i, count, half);
+        vec v = activation(load_some(gate, i, count, half), kind, &slope);
+        store_some(gate, i, g * u * slope, count, half);
+        store_some(up, i, g * v, count, half);
+        store_some(grad, i, v * u, count, half);
+    }
+}
+
+/* gate and up become their gradients, and grad, that of `gated`'s output, becomes that output. */
+EXPORT void gated_back(int half, int kind, int64_t rows, int64_t width, void *gate_up, void *grad) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        void *gate = row_of(gate_up, t, 2 * width, half), *up = row_of(gate, 1, width, half);
+        void *g = row_of(grad, t, width, half);
+        if (half) {
+            if (kind == SILU) gated_back_row(gate, up, g, width, SILU, 1);
+            else gated_back_row(gate, up, g, width, GELU_TANH, 1);
+        } else {
+            if (kind == SILU) gated_back_row(gate, up, g, width, SILU, 0);
+            else gated_back_row(gate, up, g, width, GELU_TANH, 0);
+        }
+    }
+}
+
+INLINE float entropy_row(void *logits, int64_t width, int64_t target, int half) {
+    vec most = {0}, total = {0};
+    float largest = get(logits, 0, half), wanted = get(logits, target, half);
+    int64_t i = 0;
+    most += largest;
+    for (; i + WIDTH <= width; i += WIDTH) {
+        vec v = load(logits, i, half);
+        most = choose(v > most, v, most);
+    }
+    largest = largest_of(most);
+    for (; i < width; i++) largest = get(logits, i, half) > largest ? get(logits, i, half) : largest;
+    for (i = 0; i + WIDTH <= width; i += WIDTH) total += exponential_vec(load(logits, i, half) - largest);
+    float sum = sum_of(total);
+    for (; i < width; i++) sum += exponential(get(logits, i, half) - largest);
+    float inverse = 1.0f / sum;
+    for (i = 0; i + WIDTH <= width; i += WIDTH) {
+        vec v = exponential_vec(load(logits, i, half) - largest) * inverse;
+        store(logits, i, v, half);
+    }
+    for (; i < width; i++) put(logits, i, exponential(get(logits, i, half) - largest) * inverse, half);
+    put(logits, target, exponential(wanted - largest) * inverse - 1.0f, half);
+    return largest + logf(sum) - wanted;
+}
+
+/* losses [T] of the targets, and the gradient of their sum in the place of the logits. */
+EXPORT void cross_entropy(int half, int64_t rows, int64_t width, void *logits, const int64_t *targets, float *losses) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; t++) {
+        void *row = row_of(logits, t, width, half);
+        losses[t] = half ? entropy_row(row, width, targets[t], 1) : entropy_row(row, width, targets[t], 0);
+    }
+}
