@@ -138,7 +138,7 @@ def prepare(
         train, validation = load_examples(config.data, tokenizer, stops, seed=config.train.seed, progress=progress)
     if beside is None:
         emit(Working("proving packing and loss"))
-    proof = prove_run(config, architecture) if beside is None else beside.proof
+    proof = prove_run(config, architecture, device) if beside is None else beside.proof
     settled = _settle(_resolve(config, device, proof), architecture, proof, device, emit)
     resolved = settled.config
     steps = _steps(resolved, len(train))

@@ -9,6 +9,7 @@ arithmetic against the modules' own code. A model that fails runs the next best 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +25,12 @@ from lora_cli.engine import attention, loss
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
 from lora_cli.engine.fused.fitting import Fusion, fuse
+from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.fused.native.proof import Sizes, holds
 from lora_cli.engine.miniature import NoMiniature, miniature
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter
+from lora_cli.model.dtypes import resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -58,7 +62,7 @@ class Proof:
     loss_error: float
     """Relative difference between the chunked loss and transformers' own, or between their gradients."""
     fusion: Fusion | None = None
-    """What the fused arithmetic for a CPU fits."""
+    """What the fused arithmetic for a CPU fits, and whether on compiled kernels."""
 
 
 def prove(
@@ -68,8 +72,13 @@ def prove(
     attn_implementation: str = "auto",
     wanted_loss: Literal["chunked", "full"] = "chunked",
     fused: bool = True,
+    native: torch.dtype | None = None,
 ) -> Proof:
-    """Find the best way to run a model that can be proven right."""
+    """Find the best way to run a model that can be proven right.
+
+    Args:
+        native: try compiled kernels as well, for training in this dtype; the first time, they are compiled.
+    """
     try:
         with _quiet():
             model = miniature(config)
@@ -80,17 +89,21 @@ def prove(
     with _quiet():
         proof = _prove_packing(model, own, attn_implementation)
         proof = _prove_loss(model, adapter, proof, wanted_loss)
-        return replace(proof, fusion=_prove_fusion(model, proof)) if fused and adapter is not None else proof
+        if not fused or adapter is None:
+            return proof
+        return replace(proof, fusion=_prove_fusion(model, proof, native if _kernels_hold(config, native) else None))
 
 
-def prove_run(config: Config, architecture: PretrainedConfig) -> Proof:
-    """`prove` with what a config says of adapter, attention and loss."""
+def prove_run(config: Config, architecture: PretrainedConfig, device: torch.device | None = None) -> Proof:
+    """`prove` with what a config says of adapter, attention and loss, for training on `device`, where there is one."""
+    on_cpu = device is not None and device.type == "cpu"
     return prove(
         architecture,
         config.adapter,
         attn_implementation=config.model.attn_implementation,
         wanted_loss=config.train.loss,
         fused=config.train.fused and config.model.quantization is None,  # the copy that proves it isn't quantized
+        native=resolve_dtype(config.model.dtype, device) if device is not None and on_cpu else None,
     )
 
 
@@ -161,7 +174,13 @@ def _prove_loss(
     return replace(proof, loss="full", notes=(*proof.notes, note), loss_error=apart)
 
 
-def _prove_fusion(model: PreTrainedModel, proof: Proof) -> Fusion | None:
+def _kernels_hold(config: PretrainedConfig, native: torch.dtype | None) -> bool:
+    """Whether there are compiled kernels, right at the model's sizes."""
+    sizes = None if native is None else Sizes.of(config)
+    return native is not None and sizes is not None and kernels.available() and holds(sizes, native)
+
+
+def _prove_fusion(model: PreTrainedModel, proof: Proof, native: torch.dtype | None) -> Fusion | None:
     """The most of the fused arithmetic that gives the loss and the gradients of the modules' own code.
 
     `model` is the copy with its random adapter. What doesn't hold is no slower than without it, and needs no note.
@@ -170,7 +189,9 @@ def _prove_fusion(model: PreTrainedModel, proof: Proof) -> Fusion | None:
     own = "eager" if proof.attention.startswith("flash") else proof.attention
     computation = Computation(proof.packing, proof.loss, torch.float32, own)
     batch = _batch(_documents(0)[:1] if proof.packing == "single" else _documents(0))
-    ways: tuple[Fusion, ...] = ("layers", "linears") if proof.packing == "documents" else ("linears",)
+    ways: tuple[Fusion, ...] = ("native", "layers", "linears") if native is not None else ("layers", "linears")
+    if proof.packing != "documents":
+        ways = ("linears",)
     model.train()  # the fused arithmetic steps aside in evaluation
     try:
         computation.prepare(model)
@@ -179,7 +200,9 @@ def _prove_fusion(model: PreTrainedModel, proof: Proof) -> Fusion | None:
             if not fuse(model, fusion):
                 continue
             found = _loss_and_gradient(model, trained, computation, batch)
-            if max(_relative(one, other) for one, other in zip(found, expected, strict=True)) <= TOLERANCE:
+            if max(_relative(one, other) for one, other in zip(found, expected, strict=True)) > TOLERANCE:
+                continue
+            if fusion != "native" or native == torch.float32 or _holds_in(native, model, computation, batch, expected):
                 return fusion
     except Exception:  # an architecture's own code may fail in any way, the fused arithmetic on what it didn't expect
         return None
@@ -187,6 +210,30 @@ def _prove_fusion(model: PreTrainedModel, proof: Proof) -> Fusion | None:
         fuse(model, None)
         model.eval()
     return None
+
+
+def _holds_in(
+    dtype: torch.dtype | None,
+    model: PreTrainedModel,
+    computation: Computation,
+    batch: FlatBatch,
+    expected: tuple[Tensor, Tensor],
+) -> bool:
+    """Whether compiled kernels in 16 bits are about as near to float32's loss and gradient as the modules' own code."""
+    if dtype is None:
+        return False
+    narrow = copy.deepcopy(model)
+    for parameter in narrow.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    trained = [p for p in narrow.parameters() if p.requires_grad]
+    apart = []
+    for fusion in (None, "native"):
+        way = replace(computation, dtype=dtype, fusion=fusion)
+        way.prepare(narrow)
+        found = _loss_and_gradient(narrow, trained, way, batch)
+        apart.append([float((f.float() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)])
+    return all(ours <= 2 * own + 0.01 for own, ours in zip(*apart, strict=True))
 
 
 def _with_random_adapter(model: PreTrainedModel, adapter: AdapterConfig | None) -> list[torch.nn.Parameter]:

@@ -1,0 +1,123 @@
+"""Do the compiled kernels compute what plain PyTorch does, at the sizes of the model that is to be trained?
+
+A compiler may be broken, and sizes take paths of their own through the kernels. So each is tried on random tokens
+against `pointwise` and `documents`, in float32 and in the dtype of the run, before the layer made of them is
+(`engine.selftest`). Takes a few hundredths of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lora_cli.engine.fused import documents, pointwise
+from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.fused.pointwise import Activation
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Of the largest value. A bfloat16 has eight bits; each kernel rounds once what PyTorch rounds a few times."""
+
+_LENGTHS = (131, 70, 1, 17, 64)
+"""Documents within a block, of a whole one, and of more than two."""
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model's layers."""
+
+    query_heads: int
+    key_heads: int
+    head: int
+    hidden: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Sizes | None:
+        """Those that a config names as Llama's does; None for another."""
+        text = vars(config.get_text_config())
+        names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+        heads, keys, hidden, intermediate = (text.get(name) for name in names)
+        found = (heads, keys or heads, text.get("head_dim") or (hidden // heads if heads and hidden else None))
+        values = [value for value in (*found, hidden, intermediate) if isinstance(value, int) and value > 0]
+        return cls(*values) if len(values) == 5 and values[0] % values[1] == 0 else None
+
+
+def holds(sizes: Sizes, dtype: torch.dtype) -> bool:
+    """Whether every kernel is right at these sizes. At most one group of heads is tried: all are alike."""
+    if dtype not in TOLERANCES:
+        return False
+    return all(
+        _apart(found, expected) <= TOLERANCES[kind]
+        for kind in {torch.float32, dtype}
+        for found, expected in (*_attention(sizes, kind), *_norms(sizes, kind), *_gates(sizes, kind))
+    )
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.float(), expected.float()
+    if not torch.isfinite(found).all():
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def _random(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _attention(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    query, key, tokens = sizes.query_heads // sizes.key_heads, 1, sum(_LENGTHS)
+    heads = kernels.Heads(query, key, sizes.head, sizes.head**-0.5, _LENGTHS)
+    rows = _random(dtype, 1, tokens, (query + 2 * key) * sizes.head)
+    cos, sin = _random(dtype, 2, tokens, sizes.head), _random(dtype, 3, tokens, sizes.head)
+    split = [t.contiguous() for t in rows.unflatten(1, (-1, sizes.head)).float().split((query, key, key), dim=1)]
+    turned = rows.clone()
+    kernels.rotate(turned, query + key, cos, sin)
+    for part in split[:2]:
+        pointwise.rotate(part, cos.float()[:, None], sin.float()[:, None])
+    yield turned, torch.cat(split, dim=1).flatten(1)
+    out, log_sums = kernels.attend(rows, heads)
+    split = [t.contiguous() for t in rows.unflatten(1, (-1, sizes.head)).float().split((query, key, key), dim=1)]
+    expected, kept = documents.attend(*split, _LENGTHS, heads.scale)
+    yield out, expected.flatten(1)
+    grad = _random(dtype, 4, tokens, heads.width)
+    back = kernels.attend_back(grad, out, log_sums, rows, heads).unflatten(1, (-1, sizes.head))
+    grads = documents.attend_back(grad.float().view_as(expected), expected, kept, _LENGTHS, heads.scale)
+    yield from zip(back.split((query, key, key), dim=1), grads, strict=True)
+
+
+def _norms(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    x, more, grad = (_random(dtype, seed, 9, sizes.hidden) for seed in (5, 6, 7))
+    weight, added = _random(dtype, 8, sizes.hidden), x.clone()
+    normed = kernels.rms_norm(added, weight, _EPS, more)
+    yield added, x.float() + more.float()
+    scale = pointwise.rms_scale(added, _EPS)
+    yield normed, pointwise.rms_norm(added.float(), scale, weight.float())
+    back = kernels.rms_norm_back(grad.clone(), added, weight, more, _EPS)
+    yield back, pointwise.rms_norm_back(grad.float(), added.float(), scale, weight.float()) + more.float()
+
+
+def _gates(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    for activation in kernels.KINDS:
+        rows, grad = _random(dtype, 9, 9, 2 * sizes.intermediate) * 4, _random(dtype, 10, 9, sizes.intermediate)
+        gate, up = rows.float().split(sizes.intermediate, dim=1)
+        expected = activation.there(gate) * up
+        yield kernels.gated(rows, activation), expected
+        yield from _gates_back(rows.clone(), grad.clone(), activation, gate, up, expected)
+
+
+def _gates_back(
+    rows: Tensor, grad: Tensor, activation: Activation, gate: Tensor, up: Tensor, expected: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    grad_gate = activation.back(grad.float() * up, gate)
+    grad_up = activation.there(gate) * grad.float()
+    kernels.gated_back(rows, grad, activation)
+    yield rows, torch.cat([grad_gate, grad_up], dim=1)
+    yield grad, expected
