@@ -21,7 +21,7 @@
 typedef struct {
     int half;
     int64_t heads, keys, size, padded; /* `padded`: size rounded up to whole vectors */
-    int64_t stride, out_stride, tokens;
+    int64_t stride, out_stride, grad_stride, tokens;
     float scale;
     const void *qkv;
 } Shape;
@@ -186,7 +186,7 @@ static void attend_head(const Shape *shape, int64_t start, int64_t length, int64
 EXPORT int attend(int half, int64_t documents, const int64_t *order, const int64_t *starts, int64_t heads, int64_t keys,
                   int64_t size, const void *qkv, int64_t stride, float scale, void *out, int64_t out_stride,
                   float *log_sums) {
-    Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, starts[documents], scale, qkv};
+    Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, 0, starts[documents], scale, qkv};
     int64_t longest = starts[order[0] + 1] - starts[order[0]], width = whole(longest, BLOCK), padded = shape.padded;
     int failed = 0;
 #pragma omp parallel
@@ -289,11 +289,11 @@ static void head_back(const Shape *shape, Packed *p, int64_t start, int64_t leng
     for (int64_t first = 0; first < length; first += BLOCK) {
         int64_t count = least(BLOCK, length - first), at = start + first;
         const void *outs = row_of(row_of(out, at, shape->out_stride, half), head, size, half);
-        const void *grads = row_of(row_of(grad, at, shape->out_stride, half), head, size, half);
+        const void *grads = row_of(row_of(grad, at, shape->grad_stride, half), head, size, half);
         pack(shape, row_of(row_of(shape->qkv, at, stride, half), head, size, half), stride, count, BLOCK, shape->scale,
              p->queries);
         pack(shape, outs, shape->out_stride, count, count, 1.0f, p->query_grads); /* for a moment */
-        pack(shape, grads, shape->out_stride, count, BLOCK, 1.0f, p->grads);
+        pack(shape, grads, shape->grad_stride, count, BLOCK, 1.0f, p->grads);
         float dots[BLOCK];
         for (int64_t r = 0; r < count; r++) {
             vec dot = {0};
@@ -312,8 +312,9 @@ static void head_back(const Shape *shape, Packed *p, int64_t start, int64_t leng
 /* The gradient of qkv, all of [T, stride], from that of `attend`'s output, that output and its log_sums. */
 EXPORT int attend_back(int half, int64_t documents, const int64_t *order, const int64_t *starts, int64_t heads,
                        int64_t keys, int64_t size, const void *qkv, int64_t stride, float scale, const void *out,
-                       const void *grad, int64_t out_stride, const float *log_sums, void *qkv_grad) {
-    Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, starts[documents], scale, qkv};
+                       int64_t out_stride, const void *grad, int64_t grad_stride, const float *log_sums, void *qkv_grad) {
+    Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, grad_stride,
+                   starts[documents], scale, qkv};
     int64_t longest = starts[order[0] + 1] - starts[order[0]], width = whole(longest, BLOCK), padded = shape.padded;
     int failed = 0;
 #pragma omp parallel

@@ -31,15 +31,20 @@ class Joint:
         """[o, r] of each, without its scale."""
         self._back_TR: Tensor | None = None
 
-    def project(self, x_TI: Tensor) -> Tensor:
-        """[T, O], all layers' outputs."""
-        if self.exact or self.a_RI is None:
-            weight, source = self._weight(), x_TI
-        else:
-            source = torch.cat([x_TI, torch.mm(x_TI, self.a_RI.t())], dim=1)
-            weight = self._with_low()
-        bias = self._bias(x_TI)
-        return torch.mm(source, weight.t()) if bias is None else torch.addmm(bias, source, weight.t())
+    def room(self, like_T: Tensor) -> Tensor:
+        """[T, I], or in 16 bits [T, I + R]: where the input goes before it is projected, in its first columns."""
+        width = self.layers[0].weight.shape[1]
+        return like_T.new_empty(len(like_T), width if self.exact else width + self.ranks[-1].stop)
+
+    def project(self, room: Tensor) -> Tensor:
+        """[T, O], all layers' outputs, from an input in its room; in 16 bits x A' is added to it there."""
+        weight = self._weight() if self.exact else self._with_low()
+        if not self.exact and self.a_RI is not None:
+            width = self.a_RI.shape[1]
+            low_TR = room[:, width:].zero_()  # oneDNN reads on to a whole tile: what it multiplies by 0 must be a number
+            torch.mm(room[:, :width], self.a_RI.t(), out=low_TR)
+        bias = self._bias(room)
+        return torch.mm(room, weight.t()) if bias is None else torch.addmm(bias, room, weight.t())
 
     def back(self, grad_TO: Tensor) -> Tensor:
         """The gradient of the input, from those of the outputs."""

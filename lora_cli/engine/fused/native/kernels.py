@@ -1,6 +1,6 @@
 """The compiled C on tensors: RMS norms, rotary positions, gated activations, attention by document, cross-entropy.
 
-Tensors are of float32 or bfloat16, on the CPU, with rows that are whole. Raises MemoryError where C found none.
+Tensors are of float32 or bfloat16, on the CPU, contiguous; what is written to may have longer rows. Raises MemoryError where C found none.
 Dimension names: T tokens, M model width, I intermediate width, H query heads, K key heads, E head size, V vocabulary.
 """
 
@@ -25,13 +25,13 @@ _SIGNATURES = {
     "rms_norm": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 3, _REAL, _PLACE, _COUNT),
     "rms_norm_back": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 4, _REAL),
     "rotate": (_FLAG, *[_COUNT] * 3, _PLACE, _COUNT, *[_PLACE] * 2, _REAL),
-    "gated": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2),
+    "gated": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2, _COUNT),
     "gated_back": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2),
     "cross_entropy": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 3),
     "attend": (_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL, _PLACE, _COUNT, _PLACE),
     "attend_back": (
         *(_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL),
-        *(*[_PLACE] * 2, _COUNT, *[_PLACE] * 2),
+        *(_PLACE, _COUNT, _PLACE, _COUNT, *[_PLACE] * 2),
     ),
 }
 
@@ -55,14 +55,15 @@ def _half(tensor: Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)
 
 
-def rms_norm(x_TM: Tensor, weight_M: Tensor, eps: float, more_TM: Tensor | None = None) -> Tensor:
-    """The RMS norm of x; `more_TM` is added to x in place first."""
-    out_TM = torch.empty_like(x_TM)
+def rms_norm(
+    x_TM: Tensor, weight_M: Tensor, eps: float, more_TM: Tensor | None = None, out_TM: Tensor | None = None
+) -> Tensor:
+    """The RMS norm of x, into `out_TM` when it is given; `more_TM` is added to x in place first."""
+    out = torch.empty_like(x_TM) if out_TM is None else out_TM
     more = None if more_TM is None else more_TM.data_ptr()
-    rows, width = x_TM.shape
     places = (x_TM.data_ptr(), more, weight_M.data_ptr())
-    _compiled().rms_norm(_half(x_TM), rows, width, *places, eps, out_TM.data_ptr(), width)
-    return out_TM
+    _compiled().rms_norm(_half(x_TM), *x_TM.shape, *places, eps, out.data_ptr(), out.stride(0))
+    return out
 
 
 def rms_norm_back(grad_TM: Tensor, x_TM: Tensor, weight_M: Tensor, residual_TM: Tensor, eps: float) -> Tensor:
@@ -78,12 +79,13 @@ def rotate(rows_T: Tensor, heads: int, cos_TE: Tensor, sin_TE: Tensor, sign: flo
     _compiled().rotate(_half(rows_T), rows_T.shape[0], heads, cos_TE.shape[1], *places, sign)
 
 
-def gated(gate_up: Tensor, activation: Activation) -> Tensor:
-    """act(gate) * up, [T, I], from [T, 2 I]."""
+def gated(gate_up: Tensor, activation: Activation, out_TI: Tensor | None = None) -> Tensor:
+    """act(gate) * up, [T, I], from [T, 2 I], into `out_TI` when it is given."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out_TI = gate_up.new_empty(rows, width)
-    _compiled().gated(_half(gate_up), KINDS[activation], rows, width, gate_up.data_ptr(), out_TI.data_ptr())
-    return out_TI
+    out = gate_up.new_empty(rows, width) if out_TI is None else out_TI
+    places = (gate_up.data_ptr(), out.data_ptr(), out.stride(0))
+    _compiled().gated(_half(gate_up), KINDS[activation], rows, width, *places)
+    return out
 
 
 def gated_back(gate_up: Tensor, grad_TI: Tensor, activation: Activation) -> None:
@@ -128,11 +130,12 @@ def _places(lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return order.astype(np.int64), np.cumsum([0, *lengths]).astype(np.int64)
 
 
-def attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """[T, H E], and the logarithms of softmax's sums, [H, T] float32, from rows [T, (H + 2 K) E]."""
-    out, log_sums = qkv.new_empty(len(qkv), heads.width), torch.empty(heads.query, len(qkv), dtype=torch.float32)
-    places = (out.data_ptr(), heads.width, log_sums.data_ptr())
-    if _compiled().attend(*heads.arguments(qkv), *places):
+def attend(qkv: Tensor, heads: Heads, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[T, H E], into `out` when it is given, and the logarithms of softmax's sums, [H, T] float32, from rows
+    [T, (H + 2 K) E]."""
+    out = qkv.new_empty(len(qkv), heads.width) if out is None else out
+    log_sums = torch.empty(heads.query, len(qkv), dtype=torch.float32)
+    if _compiled().attend(*heads.arguments(qkv), out.data_ptr(), out.stride(0), log_sums.data_ptr()):
         raise MemoryError("attention: out of memory")
     return out, log_sums
 
@@ -140,7 +143,7 @@ def attend(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
 def attend_back(grad: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, heads: Heads) -> Tensor:
     """The gradient of qkv, from that of `attend`'s output, that output and its log-sums."""
     back = torch.empty_like(qkv)
-    places = (out.data_ptr(), grad.data_ptr(), heads.width, log_sums.data_ptr(), back.data_ptr())
+    places = (out.data_ptr(), out.stride(0), grad.data_ptr(), grad.stride(0), log_sums.data_ptr(), back.data_ptr())
     if _compiled().attend_back(*heads.arguments(qkv), *places):
         raise MemoryError("attention: out of memory")
     return back

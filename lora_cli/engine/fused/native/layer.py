@@ -44,13 +44,18 @@ class NativeLayer(torch.autograd.Function):
         x_TM, cos_TE, sin_TE, dtype = x_TM.contiguous(), cos_TE.contiguous(), sin_TE.contiguous(), x_TM.dtype
         heads = _heads(layer, lengths)
         first, second = layer.attention_norm, layer.block_norm
-        qkv = Joint(layer.inputs, dtype).project(kernels.rms_norm(x_TM, first.weight, first.eps))
+        inputs, output = Joint(layer.inputs, dtype), Joint([layer.output], dtype)
+        room, width = inputs.room(x_TM), x_TM.shape[1]
+        kernels.rms_norm(x_TM, first.weight, first.eps, out_TM=room[:, :width])
+        qkv = inputs.project(room)
         kernels.rotate(qkv, heads.query + heads.key, cos_TE, sin_TE)
-        attended, log_sums = kernels.attend(qkv, heads)
-        hidden_TM = Joint([layer.output], dtype).project(attended)
-        normed = kernels.rms_norm(hidden_TM, second.weight, second.eps, more_TM=x_TM)
-        gate_up = Joint((layer.block.gate, layer.block.up), dtype).project(normed)
-        out_TM = Joint([layer.block.down], dtype).project(kernels.gated(gate_up, layer.block.activation))
+        attended, log_sums = kernels.attend(qkv, heads, output.room(x_TM))
+        hidden_TM = output.project(attended)
+        pair, down = Joint((layer.block.gate, layer.block.up), dtype), Joint([layer.block.down], dtype)
+        room = pair.room(x_TM)
+        kernels.rms_norm(hidden_TM, second.weight, second.eps, more_TM=x_TM, out_TM=room[:, :width])
+        gate_up = pair.project(room)
+        out_TM = down.project(kernels.gated(gate_up, layer.block.activation, down.room(x_TM)))
         ctx.layer, ctx.heads, ctx.spent = layer, heads, False
         ctx.save_for_backward(
             *(x_TM, cos_TE, sin_TE, qkv, attended, log_sums, hidden_TM, gate_up),
@@ -77,7 +82,7 @@ class NativeLayer(torch.autograd.Function):
         qkv_grad = kernels.attend_back(output.back(hidden_grad), attended, log_sums, qkv, heads)
         kernels.rotate(qkv_grad, heads.query + heads.key, cos_TE, sin_TE, -1.0)
         grads = inputs.gradients(kernels.rms_norm(x_TM, first.weight, first.eps), qkv_grad)
-        grads += [*output.gradients(attended, hidden_grad), *block_grads]
+        grads += [*output.gradients(attended[:, : heads.width], hidden_grad), *block_grads]
         into = None
         if ctx.needs_input_grad[0]:
             into = kernels.rms_norm_back(inputs.back(qkv_grad), x_TM, first.weight, hidden_grad, first.eps)

@@ -165,11 +165,11 @@ INLINE void gated_row(const void *gate, const void *up, void *out, int64_t width
 }
 
 /* out [T, width] = act(gate) * up, from rows of [gate, up]. */
-EXPORT void gated(int half, int kind, int64_t rows, int64_t width, const void *gate_up, void *out) {
+EXPORT void gated(int half, int kind, int64_t rows, int64_t width, const void *gate_up, void *out, int64_t out_stride) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < rows; t++) {
         void *gate = row_of(gate_up, t, 2 * width, half), *up = row_of(gate, 1, width, half);
-        void *to = row_of(out, t, width, half);
+        void *to = row_of(out, t, out_stride, half);
         if (half) {
             if (kind == SILU) gated_row(gate, up, to, width, SILU, 1);
             else gated_row(gate, up, to, width, GELU_TANH, 1);
@@ -218,13 +218,17 @@ INLINE float entropy_row(void *logits, int64_t width, int64_t target, int half) 
     }
     largest = largest_of(most);
     for (; i < width; i++) largest = get(logits, i, half) > largest ? get(logits, i, half) : largest;
-    for (i = 0; i + WIDTH <= width; i += WIDTH) total += exponential_vec(load(logits, i, half) - largest);
+    for (i = 0; i + WIDTH <= width; i += WIDTH) {
+        vec v = exponential_vec(load(logits, i, half) - largest);
+        total += v;
+        if (!half) store(logits, i, v, 0); /* 16 bits would be rounded twice */
+    }
     float sum = sum_of(total);
     for (; i < width; i++) sum += exponential(get(logits, i, half) - largest);
     float inverse = 1.0f / sum;
     for (i = 0; i + WIDTH <= width; i += WIDTH) {
-        vec v = exponential_vec(load(logits, i, half) - largest) * inverse;
-        store(logits, i, v, half);
+        vec v = half ? exponential_vec(load(logits, i, 1) - largest) : load(logits, i, 0);
+        store(logits, i, v * inverse, half);
     }
     for (; i < width; i++) put(logits, i, exponential(get(logits, i, half) - largest) * inverse, half);
     put(logits, target, exponential(wanted - largest) * inverse - 1.0f, half);
