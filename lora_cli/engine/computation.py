@@ -52,13 +52,13 @@ class Computation:
         """The sum of the losses of a batch's supervised tokens, a float32 scalar."""
         run = loss.chunked_loss if self.loss == "chunked" else loss.full_loss
         with self.autocast(batch.input_ids.device):
-            return run(model, batch, **self._boundaries(batch))
+            return run(model, batch, **self._kernels(), **self._boundaries(batch))
 
     def group_losses(self, model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int) -> Tensor:
         """[count] float32: `loss_sum` of each group of supervised tokens, with gradients of their own."""
         run = loss.group_losses if self.loss == "chunked" else loss.full_group_losses
         with self.autocast(batch.input_ids.device):
-            return run(model, batch, groups_S, count, **self._boundaries(batch))
+            return run(model, batch, groups_S, count, **self._kernels(), **self._boundaries(batch))
 
     def token_losses(self, model: PreTrainedModel, batch: FlatBatch) -> Tensor:
         """[S] losses of a batch's supervised tokens in float32, without gradients."""
@@ -71,6 +71,9 @@ class Computation:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
+
+    def _kernels(self) -> dict[str, Any]:
+        return {"native": True} if self.fusion == "native" and self.loss == "chunked" else {}
 
     def _boundaries(self, batch: FlatBatch) -> dict[str, Any]:
         return attention.boundaries(batch) if self.packing == "documents" else {}

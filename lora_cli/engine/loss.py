@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_cli.engine.fused.native import kernels
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -52,13 +54,17 @@ def full_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Ten
     return loss.float() * batch.num_supervised_tokens
 
 
-def chunked_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Tensor:
-    """The sum of the supervised tokens' losses, a float32 scalar. At most one chunk of logits exists at a time."""
+def chunked_loss(model: PreTrainedModel, batch: FlatBatch, native: bool = False, **attention: Any) -> Tensor:
+    """The sum of the supervised tokens' losses, a float32 scalar. At most one chunk of logits exists at a time.
+
+    Args:
+        native: take cross-entropies by a compiled kernel where it fits; there is one.
+    """
     hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
     rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
     if not torch.is_grad_enabled():
         return torch.stack([piece.sum() for piece in _token_losses(hidden_SM, head, batch.targets, rows)]).sum()
-    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, *parameters)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedLoss.apply(hidden_SM, head, batch.targets, rows, native, *parameters)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -83,7 +89,9 @@ def full_token_losses(model: PreTrainedModel, batch: FlatBatch, **attention: Any
         return F.cross_entropy(logits_TV[batch.predictors].float(), batch.targets, reduction="none")
 
 
-def group_losses(model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int, **attention: Any) -> Tensor:
+def group_losses(
+    model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, count: int, native: bool = False, **attention: Any
+) -> Tensor:
     """[count] float32: `chunked_loss` of each group of supervised tokens; each sum takes a gradient of its own.
 
     For a head that isn't trained.
@@ -94,7 +102,9 @@ def group_losses(model: PreTrainedModel, batch: FlatBatch, groups_S: Tensor, cou
     hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
     assert not parameters, "the gradient of a head isn't kept apart by groups"
     rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
-    sums: Tensor = _GroupLosses.apply(hidden_SM, head, batch.targets, groups_S, count, rows)  # type: ignore[no-untyped-call]
+    sums: Tensor = _GroupLosses.apply(  # type: ignore[no-untyped-call]
+        hidden_SM, head, batch.targets, groups_S, count, rows, native
+    )
     return sums
 
 
@@ -188,7 +198,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, rows: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, rows: int, native: bool, *parameters: Tensor
+    ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden_SM.device)
         hidden_grads: list[Tensor] = []
         parameter_grads: list[Tensor] = [torch.zeros_like(p) for p in parameters]
@@ -196,7 +208,7 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 hidden_CM = hidden_CM.detach().requires_grad_()
                 logits_CV = head(hidden_CM)
-            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
+            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C, native)
             grads = torch.autograd.grad(logits_CV, (hidden_CM, *parameters), grad_CV, allow_unused=True)
             del logits_CV, grad_CV
             loss += losses_C.sum()
@@ -211,7 +223,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *parameter_grads = ctx.saved_tensors
-        return (hidden_grad * grad.to(hidden_grad.dtype), None, None, None, *(g * grad for g in parameter_grads))
+        return (hidden_grad * grad.to(hidden_grad.dtype), None, None, None, None, *(g * grad for g in parameter_grads))
 
 
 class _GroupLosses(torch.autograd.Function):
@@ -219,7 +231,7 @@ class _GroupLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, groups_S: Tensor, count: int, rows: int
+        ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, groups_S: Tensor, count: int, rows: int, native: bool
     ) -> Tensor:
         sums = torch.zeros(count, dtype=torch.float32, device=hidden_SM.device)
         hidden_grads: list[Tensor] = []
@@ -228,7 +240,7 @@ class _GroupLosses(torch.autograd.Function):
             with torch.enable_grad():
                 hidden_CM = hidden_CM.detach().requires_grad_()
                 logits_CV = head(hidden_CM)
-            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C)
+            losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C, native)
             hidden_grads += torch.autograd.grad(logits_CV, hidden_CM, grad_CV)
             del logits_CV, grad_CV
             sums.index_add_(0, groups_C, losses_C)
@@ -239,16 +251,21 @@ class _GroupLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, groups_S = ctx.saved_tensors
-        return (hidden_grad * grad[groups_S, None].to(hidden_grad.dtype), None, None, None, None, None)
+        return (hidden_grad * grad[groups_S, None].to(hidden_grad.dtype), None, None, None, None, None, None)
 
 
-def _cross_entropy_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy_and_gradient(
+    logits_CV: Tensor, targets_C: Tensor, native: bool = False
+) -> tuple[Tensor, Tensor]:
     """[C] cross-entropies, float32, and the gradient of their sum in the dtype of the logits: softmax minus one at the
     target.
 
     On a CPU the gradient takes the place of the logits wherever nobody needs them any more.
     """
     with torch.no_grad():
+        if native and _is_product(logits_CV) and logits_CV.dtype in kernels.DTYPES and logits_CV.is_contiguous():
+            grad_CV = logits_CV.detach()
+            return kernels.cross_entropy(grad_CV, targets_C), grad_CV
         values_CV = logits_CV.detach().float()
         target_C1 = targets_C[:, None]
         largest_C1, wanted_C1 = values_CV.amax(-1, keepdim=True), values_CV.gather(-1, target_C1)

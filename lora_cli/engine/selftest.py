@@ -199,7 +199,7 @@ def _prove_fusion(model: PreTrainedModel, proof: Proof, native: torch.dtype | No
         for fusion in ways:
             if not fuse(model, fusion):
                 continue
-            found = _loss_and_gradient(model, trained, computation, batch)
+            found = _loss_and_gradient(model, trained, replace(computation, fusion=fusion), batch)
             if max(_relative(one, other) for one, other in zip(found, expected, strict=True)) > TOLERANCE:
                 continue
             if fusion != "native" or native == torch.float32 or _holds_in(native, model, computation, batch, expected):

@@ -20,6 +20,7 @@ from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
 
 KINDS = {SILU: 0, GELU_TANH: 1}
 """Activations by their numbers in C."""
+DTYPES = (torch.float32, torch.bfloat16)
 _FLAG, _COUNT, _REAL, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
     "rms_norm": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 3, _REAL, _PLACE, _COUNT),

@@ -38,16 +38,17 @@ class Sizes:
     head: int
     hidden: int
     intermediate: int
+    vocabulary: int
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Sizes | None:
         """Those that a config names as Llama's does; None for another."""
         text = vars(config.get_text_config())
-        names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
-        heads, keys, hidden, intermediate = (text.get(name) for name in names)
+        names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size")
+        heads, keys, hidden, *rest = (text.get(name) for name in names)
         found = (heads, keys or heads, text.get("head_dim") or (hidden // heads if heads and hidden else None))
-        values = [value for value in (*found, hidden, intermediate) if isinstance(value, int) and value > 0]
-        return cls(*values) if len(values) == 5 and values[0] % values[1] == 0 else None
+        values = [value for value in (*found, hidden, *rest) if isinstance(value, int) and value > 0]
+        return cls(*values) if len(values) == 6 and values[0] % values[1] == 0 else None
 
 
 def holds(sizes: Sizes, dtype: torch.dtype) -> bool:
@@ -57,7 +58,10 @@ def holds(sizes: Sizes, dtype: torch.dtype) -> bool:
     return all(
         _apart(found, expected) <= TOLERANCES[kind]
         for kind in {torch.float32, dtype}
-        for found, expected in (*_attention(sizes, kind), *_norms(sizes, kind), *_gates(sizes, kind))
+        for found, expected in (
+            *(*_attention(sizes, kind), *_norms(sizes, kind)),
+            *(*_gates(sizes, kind), *_losses(sizes, kind)),
+        )
     )
 
 
@@ -121,3 +125,12 @@ def _gates_back(
     kernels.gated_back(rows, grad, activation)
     yield rows, torch.cat([grad_gate, grad_up], dim=1)
     yield grad, expected
+
+
+def _losses(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    logits = _random(dtype, 11, 5, sizes.vocabulary) * 3
+    targets = torch.tensor([0, 1, sizes.vocabulary // 2, sizes.vocabulary - 1, 0])
+    wanted = logits.float().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wanted, targets, reduction="none")
+    yield kernels.cross_entropy(logits, targets), expected.detach()
+    yield logits, torch.autograd.grad(expected.sum(), wanted)[0]
