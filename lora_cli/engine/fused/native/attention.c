@@ -6,25 +6,14 @@
  * products stop at the diagonal. On the way back probabilities are made anew from the kept log-sums, as
  * FlashAttention-2 does (arXiv:2307.08691). Scratch is asked for once in a thread. */
 
-#include "vectors.h"
+#include "blocks.h"
 
-#include <stdlib.h>
-
-#define BLOCK 64 /* queries or keys of a block */
 #define ROWS 4   /* of a product's tile */
 #ifdef __AVX512F__
 #define TILE 4 /* vectors across a product's tile: with four rows, sixteen sums stay in registers */
 #else
 #define TILE 1
 #endif
-
-typedef struct {
-    int half;
-    int64_t heads, keys, size, padded; /* `padded`: size rounded up to whole vectors */
-    int64_t stride, out_stride, grad_stride, tokens;
-    float scale;
-    const void *qkv;
-} Shape;
 
 /* c [rows, 16 vectors] (+)= a b: a's values are anywhere, b's rows are whole vectors. */
 #define PRODUCT_TILE(rows, vectors)                                                                         \
@@ -70,33 +59,6 @@ static void product(int64_t rows, int64_t vectors, int64_t depth, const float *a
             strip(1, vectors, depth, a + r * a_row, a_row, a_column, b, b_row, c + r * c_row, c_row, fresh);
 }
 
-#define UPPER(i, w) ((i) & (w) ? 16 + (i) - (w) : (i))
-#define LOWER(i, w) ((i) & (w) ? 16 + (i) : (i) + (w))
-#define OF_ALL(part, w)                                                                                     \
-    (ivec) {                                                                                                \
-        part(0, w), part(1, w), part(2, w), part(3, w), part(4, w), part(5, w), part(6, w), part(7, w),     \
-        part(8, w), part(9, w), part(10, w), part(11, w), part(12, w), part(13, w), part(14, w), part(15, w) \
-    }
-#define SWAP(w)                                                                                             \
-    _Pragma("GCC unroll 16") for (int r = 0; r < 16; r++)                                                   \
-        if (!(r & w)) {                                                                                     \
-            const ivec upper = OF_ALL(UPPER, w), lower = OF_ALL(LOWER, w);                                  \
-            vec one = rows[r], other = rows[r + w];                                                         \
-            rows[r] = __builtin_shuffle(one, other, upper);                                                 \
-            rows[r + w] = __builtin_shuffle(one, other, lower);                                             \
-        }
-
-/* [16, 16] transposed: blocks of 8, 4, 2 and 1 change places across the diagonal. */
-static void transpose(const float *from, int64_t from_row, float *to, int64_t to_row) {
-    vec rows[16];
-    _Pragma("GCC unroll 16") for (int r = 0; r < 16; r++) rows[r] = load(from, r * from_row, 0);
-    SWAP(8)
-    SWAP(4)
-    SWAP(2)
-    SWAP(1)
-    _Pragma("GCC unroll 16") for (int r = 0; r < 16; r++) store(to, r * to_row, rows[r], 0);
-}
-
 /* `count` heads' rows as float32 [up_to, padded], times `factor`; what is beyond count or size is 0. */
 static void pack(const Shape *shape, const void *from, int64_t from_stride, int64_t count, int64_t up_to, float factor,
                  float *to) {
@@ -120,9 +82,6 @@ static void pack_across(const float *from, int64_t length, int64_t padded, float
         for (int64_t e = 0; e < padded; e += WIDTH)
             transpose(from + t * padded + e, padded, to + (t / BLOCK) * padded * BLOCK + e * BLOCK + t % BLOCK, BLOCK);
 }
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
 /* A row of scores as e^(score - largest), 0 beyond `seen` up to `end`; their sum, and the largest score. */
 static float soften(float *scores, int64_t seen, int64_t end, float *largest) {
@@ -187,6 +146,7 @@ EXPORT int attend(int half, int64_t documents, const int64_t *order, const int64
                   int64_t size, const void *qkv, int64_t stride, float scale, void *out, int64_t out_stride,
                   float *log_sums) {
     Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, 0, starts[documents], scale, qkv};
+    if (tiles_fit(half, size)) return attend_on_tiles(&shape, documents, order, starts, out, log_sums);
     int64_t longest = starts[order[0] + 1] - starts[order[0]], width = whole(longest, BLOCK), padded = shape.padded;
     int failed = 0;
 #pragma omp parallel
@@ -315,6 +275,8 @@ EXPORT int attend_back(int half, int64_t documents, const int64_t *order, const 
                        int64_t out_stride, const void *grad, int64_t grad_stride, const float *log_sums, void *qkv_grad) {
     Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, grad_stride,
                    starts[documents], scale, qkv};
+    if (tiles_fit(half, size))
+        return attend_back_on_tiles(&shape, documents, order, starts, out, grad, log_sums, qkv_grad);
     int64_t longest = starts[order[0] + 1] - starts[order[0]], width = whole(longest, BLOCK), padded = shape.padded;
     int failed = 0;
 #pragma omp parallel
