@@ -23,7 +23,7 @@ class Joint:
         self.layers = layers
         self.exact = dtype == torch.float32
         """Whether W + s B A is what is multiplied."""
-        self.outputs, self.ranks = _slices([len(each.weight) for each in layers]), _slices([e.rank for e in layers])
+        self.outputs, self.ranks = slices([len(each.weight) for each in layers]), slices([e.rank for e in layers])
         """Each layer's part of O and of R."""
         found = [layer.a for layer in layers if layer.a is not None]
         self.a_RI = None if not found else (found[0] if len(found) == 1 else torch.cat(found)).to(dtype)
@@ -34,21 +34,24 @@ class Joint:
     def room(self, like_T: Tensor) -> Tensor:
         """[T, I], or in 16 bits [T, I + R]: where the input goes before it is projected, in its first columns."""
         width = self.layers[0].weight.shape[1]
-        return like_T.new_empty(len(like_T), width if self.exact else width + self.ranks[-1].stop)
+        room = like_T.new_empty(len(like_T), width if self.exact else width + self.ranks[-1].stop)
+        room[:, width:].zero_()  # oneDNN reads on to a whole tile: what it multiplies by 0 must be a number
+        return room
 
     def project(self, room: Tensor) -> Tensor:
         """[T, O], all layers' outputs, from an input in its room; in 16 bits x A' is added to it there."""
         weight = self._weight() if self.exact else self._with_low()
         if not self.exact and self.a_RI is not None:
             width = self.a_RI.shape[1]
-            low_TR = room[:, width:].zero_()  # oneDNN reads on to a whole tile: what it multiplies by 0 must be a number
-            torch.mm(room[:, :width], self.a_RI.t(), out=low_TR)
+            torch.mm(room[:, :width], self.a_RI.t(), out=room[:, width:])
         bias = self._bias(room)
         return torch.mm(room, weight.t()) if bias is None else torch.addmm(bias, room, weight.t())
 
     def back(self, grad_TO: Tensor) -> Tensor:
-        """The gradient of the input, from those of the outputs."""
-        into = torch.mm(grad_TO, self._weight())
+        """The gradient of the input, from those of the outputs, in its room."""
+        width = self.layers[0].weight.shape[1]
+        into = self.room(grad_TO)[:, :width]
+        torch.mm(grad_TO, self._weight(), out=into)
         if self.a_RI is not None and not self.exact:
             into.addmm_(self._scaled(self._low_back(grad_TO)), self.a_RI)
         return into
@@ -110,7 +113,7 @@ class Joint:
         return torch.cat(pieces)
 
 
-def _slices(sizes: Sequence[int]) -> list[slice]:
+def slices(sizes: Sequence[int]) -> list[slice]:
     """Where each of consecutive parts stands."""
     parts, end = [], 0
     for size in sizes:

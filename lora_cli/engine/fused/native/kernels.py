@@ -24,17 +24,27 @@ DTYPES = (torch.float32, torch.bfloat16)
 _FLAG, _COUNT, _REAL, _PLACE = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
     "rms_norm": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 3, _REAL, _PLACE, _COUNT),
-    "rms_norm_back": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 4, _REAL),
+    "rms_norm_back": (_FLAG, *[_COUNT] * 2, _PLACE, _COUNT, *[_PLACE] * 3, _REAL, _PLACE),
     "rotate": (_FLAG, *[_COUNT] * 3, _PLACE, _COUNT, *[_PLACE] * 2, _REAL),
     "gated": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2, _COUNT),
-    "gated_back": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2),
+    "gated_back": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2, _COUNT),
     "cross_entropy": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 3),
     "attend": (_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL, _PLACE, _COUNT, _PLACE),
     "attend_back": (
         *(_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL),
         *(_PLACE, _COUNT, _PLACE, _COUNT, *[_PLACE] * 2),
     ),
+    "pair_weight_along": (*[_COUNT] * 2, *[_PLACE] * 2),
+    "pair_weight_rows": (*[_COUNT] * 2, *[_PLACE] * 2),
+    "tile_product_of": (
+        *(*[_COUNT] * 3, _PLACE, _COUNT, _PLACE, *[_COUNT] * 2),
+        *(_COUNT, _PLACE, _COUNT, *[_PLACE] * 3, _COUNT),
+    ),
+    "tile_sums_of": (*[_COUNT] * 2, _PLACE, *[_COUNT] * 2, _PLACE, _COUNT, _PLACE),
 }
+
+_FAILING = ("attend", "attend_back", "tile_product_of", "tile_sums_of")
+"""What asks for memory, and says 1 when there is none."""
 
 
 @lru_cache(maxsize=1)
@@ -42,8 +52,9 @@ def _compiled() -> ctypes.CDLL:
     found = library()
     assert found is not None, "asked for after `available`"
     for name, types in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = types, ctypes.c_int if "attend" in name else None
+        function = getattr(found, name, None)
+        if function is not None:  # tiles are there only where the processor has them
+            function.argtypes, function.restype = types, ctypes.c_int if name in _FAILING else None
     return found
 
 
@@ -68,10 +79,11 @@ def rms_norm(
 
 
 def rms_norm_back(grad_TM: Tensor, x_TM: Tensor, weight_M: Tensor, residual_TM: Tensor, eps: float) -> Tensor:
-    """The gradient of a norm's input plus `residual_TM`, in the place of that of its output."""
-    places = (grad_TM.data_ptr(), x_TM.data_ptr(), weight_M.data_ptr(), residual_TM.data_ptr())
-    _compiled().rms_norm_back(_half(x_TM), *x_TM.shape, *places, eps)
-    return grad_TM
+    """The gradient of a norm's input plus `residual_TM`, from that of its output."""
+    out_TM = torch.empty_like(x_TM)
+    places = (grad_TM.data_ptr(), grad_TM.stride(0), x_TM.data_ptr(), weight_M.data_ptr(), residual_TM.data_ptr())
+    _compiled().rms_norm_back(_half(x_TM), *x_TM.shape, *places, eps, out_TM.data_ptr())
+    return out_TM
 
 
 def rotate(rows_T: Tensor, heads: int, cos_TE: Tensor, sin_TE: Tensor, sign: float = 1.0) -> None:
@@ -91,7 +103,7 @@ def gated(gate_up: Tensor, activation: Activation, out_TI: Tensor | None = None)
 
 def gated_back(gate_up: Tensor, grad_TI: Tensor, activation: Activation) -> None:
     """In place: gate and up become their gradients, and the gradient of `gated`'s output becomes that output."""
-    places = (gate_up.data_ptr(), grad_TI.data_ptr())
+    places = (gate_up.data_ptr(), grad_TI.data_ptr(), grad_TI.stride(0))
     _compiled().gated_back(_half(gate_up), KINDS[activation], *grad_TI.shape, *places)
 
 
@@ -148,3 +160,63 @@ def attend_back(grad: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, heads:
     if _compiled().attend_back(*heads.arguments(qkv), *places):
         raise MemoryError("attention: out of memory")
     return back
+
+
+@lru_cache(maxsize=1)
+def has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 on matrix tiles that this process may use."""
+    return available() and bool(_compiled().has_tiles())
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The right side of a product on tiles."""
+
+    pairs: Tensor
+    columns: int
+    row: int
+    """Pairs from one row to the next."""
+    panel: int
+    """Pairs from 64 columns to the next 64."""
+
+
+def pair_along(weight_OI: Tensor) -> Paired:
+    """The right side of x W'. O is a multiple of 16, I of 32."""
+    rows, depth = weight_OI.shape
+    pairs = torch.empty(-(-rows // 64) * 64 * depth // 2, dtype=torch.int32)
+    _compiled().pair_weight_along(rows, depth, weight_OI.data_ptr(), pairs.data_ptr())
+    return Paired(pairs, rows, 64, 64 * depth // 2)
+
+
+def pair_rows(weights_OI: Sequence[Tensor]) -> Paired:
+    """The right side of g W, for weights one below the other. Each O is even, I a multiple of 16."""
+    columns = weights_OI[0].shape[1]
+    pairs, done = torch.empty(sum(len(w) for w in weights_OI) // 2, columns, dtype=torch.int32), 0
+    for weight in weights_OI:
+        place = pairs[done // 2 :].data_ptr()
+        _compiled().pair_weight_rows(len(weight), columns, weight.contiguous().data_ptr(), place)
+        done += len(weight)
+    return Paired(pairs, columns, columns, 64)
+
+
+def tile_product(
+    left: Tensor, right: Paired, out: Tensor, bias: Tensor | None = None, more: tuple[Tensor, Paired] | None = None
+) -> None:
+    """out [T, columns] = left right, plus bias, plus the product of two `more`, whose right side is one of `pair_rows`."""
+    first = (left.shape[1], left.data_ptr(), left.stride(0), right.pairs.data_ptr(), right.row, right.panel)
+    second: tuple[int | None, ...] = (0, None, 0, None)
+    if more is not None:
+        second = (more[0].shape[1], more[0].data_ptr(), more[0].stride(0), more[1].pairs.data_ptr())
+    last = (None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0))
+    if _compiled().tile_product_of(len(left), right.columns, *first, *second, *last):
+        raise MemoryError("a product: out of memory")
+
+
+def tile_sums(left_TR: Tensor, right_TN: Tensor) -> Tensor:
+    """[R, N] float32: left' right. R is a multiple of 32, N of 16."""
+    sums = torch.empty(left_TR.shape[1], right_TN.shape[1], dtype=torch.float32)
+    left = (left_TR.shape[1], left_TR.data_ptr(), left_TR.stride(0))
+    right = (right_TN.shape[1], right_TN.data_ptr(), right_TN.stride(0))
+    if _compiled().tile_sums_of(len(left_TR), *left, *right, sums.data_ptr()):
+        raise MemoryError("a product: out of memory")
+    return sums

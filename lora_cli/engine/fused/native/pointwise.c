@@ -63,8 +63,8 @@ EXPORT void rms_norm(int half, int64_t rows, int64_t width, void *x, const void 
     }
 }
 
-INLINE void norm_back_row(void *grad, const void *x, const void *weight, const void *residual, float eps, int64_t width,
-                          int half) {
+INLINE void norm_back_row(const void *grad, const void *x, const void *weight, const void *residual, float eps,
+                          int64_t width, void *out, int half) {
     float inverse = inverse_rms(x, width, eps, half);
     vec dots[2] = {{0}};
     int64_t i = 0;
@@ -78,22 +78,23 @@ INLINE void norm_back_row(void *grad, const void *x, const void *weight, const v
     float back = dot * inverse * inverse * inverse / (float)width;
     for (i = 0; i + WIDTH <= width; i += WIDTH) {
         vec v = load(grad, i, half) * load(weight, i, half) * inverse - load(x, i, half) * back;
-        store(grad, i, v + load(residual, i, half), half);
+        store(out, i, v + load(residual, i, half), half);
     }
     for (; i < width; i++) {
         float v = get(grad, i, half) * get(weight, i, half) * inverse - get(x, i, half) * back;
-        put(grad, i, v + get(residual, i, half), half);
+        put(out, i, v + get(residual, i, half), half);
     }
 }
 
-/* grad, that of a norm's output, becomes that of its input plus `residual`. */
-EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, void *grad, const void *x, const void *weight,
-                          const void *residual, float eps) {
+/* out = the gradient of a norm's input, from that of its output, plus `residual`. */
+EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, const void *grad, int64_t grad_stride, const void *x,
+                          const void *weight, const void *residual, float eps, void *out) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < rows; t++) {
-        void *g = row_of(grad, t, width, half), *xs = row_of(x, t, width, half), *r = row_of(residual, t, width, half);
-        if (half) norm_back_row(g, xs, weight, r, eps, width, 1);
-        else norm_back_row(g, xs, weight, r, eps, width, 0);
+        void *g = row_of(grad, t, grad_stride, half), *xs = row_of(x, t, width, half);
+        void *r = row_of(residual, t, width, half), *to = row_of(out, t, width, half);
+        if (half) norm_back_row(g, xs, weight, r, eps, width, to, 1);
+        else norm_back_row(g, xs, weight, r, eps, width, to, 0);
     }
 }
 
@@ -192,11 +193,11 @@ INLINE void gated_back_row(void *gate, void *up, void *grad, int64_t width, int 
 }
 
 /* gate and up become their gradients, and grad, that of `gated`'s output, becomes that output. */
-EXPORT void gated_back(int half, int kind, int64_t rows, int64_t width, void *gate_up, void *grad) {
+EXPORT void gated_back(int half, int kind, int64_t rows, int64_t width, void *gate_up, void *grad, int64_t grad_stride) {
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < rows; t++) {
         void *gate = row_of(gate_up, t, 2 * width, half), *up = row_of(gate, 1, width, half);
-        void *g = row_of(grad, t, width, half);
+        void *g = row_of(grad, t, grad_stride, half);
         if (half) {
             if (kind == SILU) gated_back_row(gate, up, g, width, SILU, 1);
             else gated_back_row(gate, up, g, width, GELU_TANH, 1);
