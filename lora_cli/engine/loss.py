@@ -189,6 +189,11 @@ def _token_losses(hidden_SM: Tensor, head: Head, targets_S: Tensor, rows: int) -
         yield F.cross_entropy(head(hidden_CM).float(), targets_C, reduction="none")
 
 
+def _filled_up(rows: Tensor, to: int = 128) -> Tensor:
+    """Rows of 0 up to a multiple: oneDNN prepares a kernel in milliseconds for each new number of them."""
+    return F.pad(rows, (*[0, 0] * (rows.dim() - 1), 0, -len(rows) % to))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Cross-entropy summed over chunks; gradients are taken in the forward pass, while a chunk's logits exist.
 
@@ -205,14 +210,18 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_grads: list[Tensor] = []
         parameter_grads: list[Tensor] = [torch.zeros_like(p) for p in parameters]
         for hidden_CM, targets_C in zip(hidden_SM.split(rows), targets_S.split(rows), strict=True):
+            count = len(targets_C)
+            if native and hidden_CM.dtype == torch.bfloat16:
+                hidden_CM, targets_C = (_filled_up(each) for each in (hidden_CM, targets_C))
             with torch.enable_grad():
                 hidden_CM = hidden_CM.detach().requires_grad_()
                 logits_CV = head(hidden_CM)
             losses_C, grad_CV = _cross_entropy_and_gradient(logits_CV, targets_C, native)
+            grad_CV[count:].zero_()
             grads = torch.autograd.grad(logits_CV, (hidden_CM, *parameters), grad_CV, allow_unused=True)
             del logits_CV, grad_CV
-            loss += losses_C.sum()
-            hidden_grads.append(_given(grads[0], hidden_CM))
+            loss += losses_C[:count].sum()
+            hidden_grads.append(_given(grads[0], hidden_CM)[:count])
             for total, grad in zip(parameter_grads, grads[1:], strict=True):
                 if grad is not None:
                     total += grad
