@@ -1,0 +1,63 @@
+"""The measurements on a card as a table, for the terminal and for docs/speed.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+_HEAD = (
+    "way",
+    "base",
+    "tokens/s",
+    "lora is faster",
+    "of matmul peak",
+    "ms a step (spread)",
+    "allocated",
+    "reserved",
+    "on the card",
+    "first step",
+    "mean loss",
+)
+
+
+def cuda_table(rows: Sequence[Row]) -> str:
+    """Markdown, in the order of the rows; a failed way has its error's last line."""
+    lines = [" | ".join(_HEAD), "|".join("---" for _ in _HEAD)]
+    for row in rows:
+        says = f"{row['says']} | {'NF4' if row['base'] == 'nf4' else 'bf16'}"
+        if "error" in row:
+            last = (row["last_lines"].splitlines() or [""])[-1]
+            lines.append(f"{says} | failed: {row['error']}: {last[:120].replace('|', '/')}" + " |" * (len(_HEAD) - 3))
+        else:
+            lines.append(f"{says} | {' | '.join(_cells(row, rows))}")
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """What stands behind way and base. lora is compared as it is by default, with the same base and checkpointing."""
+    like = ("base", "checkpointing")
+    ours = next(
+        (
+            each
+            for each in rows
+            if each["tool"] == "lora" and "error" not in each and all(each[k] == row[k] for k in like)
+        ),
+        None,
+    )
+    faster = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} times" if ours else "-"
+    timed, peak = row["timed_seconds"], row["matmul_peak_flops"]
+    share = 4 * row["multiplied_parameters"] * row["tokens_per_second"] / peak if peak else None
+    return [
+        f"{row['tokens_per_second']:,.0f}",
+        faster,
+        f"{share:.1%}" if share else "-",
+        f"{1000 * row['seconds_per_step']:.1f} ({1000 * min(timed):.1f} to {1000 * max(timed):.1f})",
+        *(_gib(row.get(key)) for key in ("peak_allocated_bytes", "peak_reserved_bytes", "card_bytes")),
+        f"{row['import_seconds'] + row['first_step_seconds']:.1f} s",
+        f"{row['mean_loss']:.4f}" if row["mean_loss"] is not None else "-",
+    ]
+
+
+def _gib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,142 @@
+"""Run a program as it is, and note when the device ended each of its optimizer steps and how much memory it took.
+
+    python watch.py REPORT STEPS [--profile N] [--ready FILE] [--import NAME,NAME] -- PROGRAM.py ARGUMENT...
+    python watch.py REPORT STEPS ... -- -m MODULE ARGUMENT...
+
+PyTorch's hook behind every optimizer step leaves an event on the device's stream: nothing waits, so that the program
+runs as it would alone. After STEPS the report is written, the profiler sees N more, and with the step after that the
+process ends; nothing is saved, since what a trainer does behind its last step isn't asked for. With `--ready`, the
+modules are imported, the file is made, and a line on standard input is waited for: a process can import while the one
+before it still has the card. Knows nothing of the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import runpy
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+BORN = time.perf_counter()
+
+
+class Watch:
+    """Sees every optimizer step of this process that moves parameters on the device."""
+
+    def __init__(self, report: Path, steps: int, profiled: int, said: dict[str, Any]) -> None:
+        import torch
+
+        self.report, self.steps, self.profiled, self.said = report, steps, profiled, said
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.marks: list[Any] = []
+        self.profiler: Any = None
+
+    def __call__(self, optimizer: Any, *_: Any) -> None:
+        """Behind a step."""
+        import torch
+
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        if first is None or first.device.type != self.device:  # rehearsed on `meta`
+            return
+        self.marks.append(torch.cuda.Event(enable_timing=True) if self.device == "cuda" else time.perf_counter())
+        if self.device == "cuda":
+            self.marks[-1].record()
+        if len(self.marks) == 1:
+            if self.device == "cuda":
+                self.marks[0].synchronize()
+            self.said["first_step_seconds"] = time.perf_counter() - self.said.pop("began")
+            self.write()
+        if len(self.marks) == self.steps:
+            self.write()
+            if self.profiled:
+                self._start_profiler()
+        if len(self.marks) == self.steps + self.profiled and self.profiler is not None:
+            self._stop_profiler()
+        if len(self.marks) > self.steps + self.profiled:  # the loss of the last one is told by now
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+
+    def write(self) -> None:
+        """What is known by now."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            took = [a.elapsed_time(b) / 1000 for a, b in pairwise(self.marks)]
+            memory = {
+                "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+                "free_bytes": torch.cuda.mem_get_info()[0],
+            }
+        else:
+            took = [b - a for a, b in pairwise(self.marks)]
+            memory = {}
+        versions = {name: getattr(sys.modules[name], "__version__", "?") for name in _VERSIONS if name in sys.modules}
+        report = self.said | memory | {"step_seconds": took, "versions": versions}
+        self.report.write_text(json.dumps(report), encoding="utf-8")
+
+    def _start_profiler(self) -> None:
+        import torch
+
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if self.device == "cuda" else []
+        self.profiler = torch.profiler.profile(activities=kinds)
+        self.profiler.start()
+
+    def _stop_profiler(self) -> None:
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.profiler.stop()
+        from bench.kernels import profile_page
+
+        page = profile_page(self.profiler, self.profiled, self.device)
+        self.report.with_suffix(".profile.txt").write_text(page, encoding="utf-8")
+
+
+_VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger_kernel", "unsloth")
+
+
+def main() -> None:
+    """Import, wait, watch, run."""
+    split = sys.argv.index("--")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("report", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--ready", type=Path)
+    parser.add_argument("--import", dest="imports", default="")
+    arguments = parser.parse_args(sys.argv[1:split])
+    program = sys.argv[split + 1 :]
+    said: dict[str, Any] = {}
+    for name in filter(None, arguments.imports.split(",")):
+        importlib.import_module(name)
+    said["import_seconds"] = time.perf_counter() - BORN
+    if arguments.ready:
+        arguments.ready.touch()
+        if not sys.stdin.readline():
+            sys.exit("nobody is waiting")
+    said["began"] = time.perf_counter()
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(Watch(arguments.report, arguments.steps, arguments.profile, said))
+    if program[0] == "-m":
+        sys.argv = program[1:]
+        runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = program
+        sys.path[0] = str(Path(program[0]).parent)
+        runpy.run_path(program[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
