@@ -132,7 +132,7 @@ class Engine:
     notes: tuple[str, ...] = ()
     """Why something runs the slower way."""
     fusion: str | None = None
-    """What runs by the fused arithmetic for a CPU: `layers`, `linears`, or nothing."""
+    """What runs by the fused arithmetic: `layers`, `linears`, or nothing."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.config import AdapterConfig, Config
+from lora_cli.config import AdapterConfig, Config, QuantizationConfig
 from lora_cli.engine import attention, loss
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
-from lora_cli.engine.fused.fitting import Fusion, fuse
+from lora_cli.engine.fused.fitting import Fusion, fits_target, fuse
 from lora_cli.engine.miniature import NoMiniature, miniature
+from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter
 
@@ -58,7 +59,11 @@ class Proof:
     loss_error: float
     """Relative difference between the chunked loss and transformers' own, or between their gradients."""
     fusion: Fusion | None = None
-    """What the fused arithmetic for a CPU fits."""
+    """What the fused arithmetic fits; `fusion_on` says where it runs."""
+
+    def fusion_on(self, target: Target, dtype: torch.dtype, quantization: QuantizationConfig | None) -> Fusion | None:
+        """What of it runs in this dtype on a CPU or card."""
+        return self.fusion if fits_target(target, dtype, quantization) else None
 
 
 def prove(
@@ -90,7 +95,7 @@ def prove_run(config: Config, architecture: PretrainedConfig) -> Proof:
         config.adapter,
         attn_implementation=config.model.attn_implementation,
         wanted_loss=config.train.loss,
-        fused=config.train.fused and config.model.quantization is None,  # the copy that proves it isn't quantized
+        fused=config.train.fused,
     )
 
 

@@ -119,12 +119,13 @@ class Rehearsals:
     def computation(self, config: Config, target: Target) -> Computation:
         """How the run's forward pass will go on the target."""
         wanted = config.train.loss
+        dtype = target_dtype(config, target)
         return Computation(
             packing=self._proof.packing,
             loss="full" if wanted == "full" else self._proof.loss,
-            dtype=target_dtype(config, target),
+            dtype=dtype,
             attention=self._proof.attention,
-            fusion=self._proof.fusion if target.kind == "cpu" else None,
+            fusion=self._proof.fusion_on(target, dtype, config.model.quantization),
         )
 
 
