@@ -59,15 +59,17 @@ class Child:
             env=child_environment((asked.paths or {}).get(way.tool)),
         )
 
-    def train(self, deadline: float) -> dict[str, Any]:
+    def train(self, seconds: float, deadline: float) -> dict[str, Any]:
         """Let it have the card; its report, `error` in it where it came to no end.
 
         Args:
-            deadline: by `time.monotonic`; it is ended then.
+            seconds: for its run, from when it is ready.
+            deadline: by `time.monotonic`; it is ended then in any case.
         """
         while not self.ready.exists() and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         began = time.monotonic()
+        deadline = min(deadline, began + seconds)
         with CardMemory() as card:
             try:
                 if self.process.poll() is None:

@@ -96,7 +96,7 @@ class Watch:
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.profiler.stop()
-        from bench.kernels import profile_page
+        from bench.profiles import profile_page
 
         page = profile_page(self.profiler, self.profiled, self.device)
         self.report.with_suffix(".profile.txt").write_text(page, encoding="utf-8")
@@ -133,10 +133,9 @@ def main() -> None:
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = program
-        sys.path[0] = str(Path(program[0]).parent)
         runpy.run_path(program[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no module of it by its bare name
     main()
