@@ -134,11 +134,11 @@ class Stack:
         for member, tokens in self.seats:
             stretches.append((slice(start, start + tokens), layers[member]))
             start += tokens
-        run = partial(run_layer, stretches=stretches, cos_TE=call[0], sin_TE=call[1], where=call[2])
+        given = (hidden_1TM.squeeze(0), stretches, *call)
         with torch.autocast(hidden_1TM.device.type, enabled=False):
             if own.keywords["recompute"]:
-                run = partial(checkpoint, run, use_reentrant=False)
-            return run(hidden_1TM.squeeze(0)).unsqueeze(0)
+                return checkpoint(run_layer, *given, use_reentrant=False).unsqueeze(0)
+            return run_layer(*given).unsqueeze(0)
 
     @contextmanager
     def seated(self, member: int) -> Iterator[PeftModel]:

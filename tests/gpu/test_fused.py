@@ -84,6 +84,15 @@ def test_cross_entropy(dtype, vocabulary):
     assert far(grad, back) < 5e-3
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bit_weights_have_the_bits_that_bitsandbytes_gives(kind, nested, dtype):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(draw(640, 4096, dtype=dtype), quant_type=kind, compress_statistics=nested)
+    assert torch.equal(card.dense(packed, state), dequantize_4bit(packed, state))
+
+
 def make(kind, dtype):
     shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}

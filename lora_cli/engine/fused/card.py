@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 DTYPES = (torch.bfloat16, torch.float16)
 _FLAT = 1024
@@ -78,6 +81,23 @@ def cross_entropy(logits_CV: Tensor, targets_C: Tensor, *, in_place: bool) -> tu
     constants = {"VOCABULARY": vocabulary, "BLOCK": block, "num_warps": 16 if block > 2048 else 4}
     _launch("cross_entropy", len(logits_CV), logits_CV, targets_C, grad_CV, losses_C, **constants)
     return losses_C, grad_CV
+
+
+def dense(packed: Tensor, state: QuantState) -> Tensor:
+    """bitsandbytes' 4-bit weight as [O, I] of the dtype that it was quantized from: the same bits as its own kernels.
+
+    Scales that are quantized themselves are unpacked on the way, and take no memory.
+    """
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    packed = packed.view(torch.uint8).view(-1)
+    nested = state.state2 if state.nested else None
+    tables = (state.code, state.absmax) + (
+        (state.code, state.absmax, state.absmax) if nested is None else (nested.code, nested.absmax, state.offset)
+    )
+    sizes = {"SIZE": state.blocksize, "SIZE_2": 0 if nested is None else nested.blocksize, "BLOCK": _FLAT}
+    count = out.numel() // 2
+    _launch("unpack_4_bits", -(-count // _FLAT), packed, *tables, out, count, **sizes, num_warps=4)
+    return out
 
 
 def _run_rows(name: str, x_TM: Tensor, *given: Any, **constants: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.engine.fused import card
-from lora_cli.engine.fused.linear import Adapted, Gradients, Joined
+from lora_cli.engine.fused.linear import Adapted, Gradients, Products
 from lora_cli.engine.fused.pointwise import Activation
 
 BLOCK = 2048
@@ -32,9 +32,9 @@ class GatedBlock:
     activation: Activation
 
 
-def gated(block: GatedBlock, x_TM: Tensor, residual_TM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gated(block: GatedBlock, x_TM: Tensor, residual_TM: Tensor, products: Products) -> tuple[Tensor, Tensor, Tensor]:
     """The block's output added to `residual_TM`, as a fresh tensor; and gate and up, [T, I], for the way back."""
-    first, last = Joined((block.gate, block.up), x_TM.dtype), Joined([block.down], x_TM.dtype)
+    first, last = products.of(block.gate, block.up), products.of(block.down)
     if x_TM.is_cuda:
         gate_TI, up_TI = first.project(x_TM)
         (out_TM,) = last.project(card.gated(gate_TI, up_TI, block.activation.name))
@@ -50,11 +50,10 @@ def gated(block: GatedBlock, x_TM: Tensor, residual_TM: Tensor) -> tuple[Tensor,
 
 
 def gated_back(
-    block: GatedBlock, grad_TM: Tensor, x_TM: Tensor, gate_TI: Tensor, up_TI: Tensor
+    block: GatedBlock, grad_TM: Tensor, x_TM: Tensor, gate_TI: Tensor, up_TI: Tensor, products: Products
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x, and of the adapters in the order of gate, up, down. On a card gate and up are spent."""
-    first = Gradients(Joined((block.gate, block.up), x_TM.dtype))
-    last = Gradients(Joined([block.down], x_TM.dtype))
+    first, last = Gradients(products.of(block.gate, block.up)), Gradients(products.of(block.down))
     if x_TM.is_cuda:
         back_TI = torch.empty_like(gate_TI)
         last.back([grad_TM], back_TI)

@@ -149,3 +149,37 @@ def cross_entropy(logits, targets, grad, losses, VOCABULARY: tl.constexpr, BLOCK
         share = tl.exp(given.to(tl.float32) - log_sum)
         share = tl.where(first + columns == target, share - 1.0, share)
         tl.store(grad + start + first + columns, share.to(given.dtype), mask=inside)
+
+
+@triton.jit
+def unpack_4_bits(
+    packed,
+    code,
+    absmax,
+    code_2,
+    absmax_2,
+    offset,
+    out,
+    count,
+    SIZE: tl.constexpr,
+    SIZE_2: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """4-bit values to dense ones, code[value] * absmax of its SIZE neighbours; BLOCK bytes each, the high half first.
+
+    With SIZE_2, `absmax` is quantized itself: code_2[absmax] * absmax_2 of SIZE_2 of them, plus `offset`.
+    """
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < count
+    pair = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
+    group = byte * 2 // SIZE
+    if SIZE_2 > 0:
+        rough = tl.load(absmax + group, mask=inside, other=0).to(tl.int32)
+        largest = tl.load(code_2 + rough) * tl.load(absmax_2 + group // SIZE_2, mask=inside, other=0.0)
+        largest += tl.load(offset)
+    else:
+        largest = tl.load(absmax + group, mask=inside, other=0.0)
+    high = tl.load(code + (pair >> 4)) * largest
+    low = tl.load(code + (pair & 15)) * largest
+    at = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < 2 * count)

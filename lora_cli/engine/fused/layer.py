@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_cli.engine.fused import documents, gated
 from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.gated import GatedBlock
-from lora_cli.engine.fused.linear import Adapted, Gradients, Joined
+from lora_cli.engine.fused.linear import Adapted, Gradients, Products
 from lora_cli.engine.fused.pointwise import normalize, rms_norm, rms_norm_back, rotate
 
 
@@ -74,9 +74,10 @@ class FusedLayer(torch.autograd.Function):
         recompute: bool,
         *trained: Tensor,
     ) -> Tensor:
-        normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, where)
-        out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, inner[2])
-        ctx.layer, ctx.where, ctx.recompute = layer, where, recompute
+        products = Products(x_TM.dtype, keep=x_TM.is_cuda and not recompute)
+        normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, where, products)
+        out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, inner[2], products)
+        ctx.layer, ctx.where, ctx.products = layer, where, None if recompute else products
         kept = () if recompute else (gate_TI, up_TI, *inner)
         ctx.num_kept = len(kept)
         ctx.save_for_backward(x_TM, cos_TE, sin_TE, *kept, *trained)  # whose versions are checked on the way back
@@ -86,19 +87,20 @@ class FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
         x_TM, cos_TE, sin_TE, *kept = ctx.saved_tensors
-        if ctx.recompute:
-            normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, ctx.where)
-            gate_TI, up_TI = Joined((layer.block.gate, layer.block.up), x_TM.dtype).project(normed)
+        products = ctx.products or Products(x_TM.dtype, keep=x_TM.is_cuda)
+        if ctx.products is None:
+            normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, ctx.where, products)
+            gate_TI, up_TI = products.of(layer.block.gate, layer.block.up).project(normed)
             scale_1, attended, hidden_TM, scale_2, *of_attention = inner
         else:
             gate_TI, up_TI, scale_1, attended, hidden_TM, scale_2, *of_attention = kept[: ctx.num_kept]
             normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
         del kept
-        dtype, grad_TM = x_TM.dtype, grad_TM.contiguous()
-        back_TM, block_grads = gated.gated_back(layer.block, grad_TM, normed, gate_TI, up_TI)
+        grad_TM = grad_TM.contiguous()
+        back_TM, block_grads = gated.gated_back(layer.block, grad_TM, normed, gate_TI, up_TI, products)
         del normed, gate_TI, up_TI
         hidden_grad = rms_norm_back(back_TM, hidden_TM, scale_2, layer.block_norm.weight, grad_TM)
-        last, first = Gradients(Joined([layer.output], dtype)), Gradients(Joined(layer.inputs, dtype))
+        last, first = Gradients(products.of(layer.output)), Gradients(products.of(*layer.inputs))
         flat = attended.view(len(attended), -1)
         attended_grad = torch.empty_like(flat)
         last.add(flat, [hidden_grad], attended_grad)
@@ -120,18 +122,17 @@ _NONE = (None,) * 5
 
 
 def _attention(
-    x_TM: Tensor, layer: DecoderLayer, cos_TE: Tensor, sin_TE: Tensor, where: Documents
+    x_TM: Tensor, layer: DecoderLayer, cos_TE: Tensor, sin_TE: Tensor, where: Documents, products: Products
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """The first half of a layer: the block's normed input; and the first norm's scale, what was attended, the hidden
     states between the halves, their scale, and what attention keeps."""
-    dtype = x_TM.dtype
     normed, scale_1 = normalize(x_TM, layer.attention_norm.weight, layer.attention_norm.eps)
-    flat = Joined(layer.inputs, dtype).project(normed)
+    flat = products.of(*layer.inputs).project(normed)
     del normed
     query, key, value = (t.view(len(t), -1, layer.head_size) for t in flat)
     rotate(query, cos_TE, sin_TE)
     rotate(key, cos_TE, sin_TE)
     attended, kept = documents.attend(query, key, value, where, layer.scale)
-    (hidden_TM,) = Joined([layer.output], dtype).project(attended.view(len(attended), -1))
+    (hidden_TM,) = products.of(layer.output).project(attended.view(len(attended), -1))
     normed, scale_2 = normalize(hidden_TM, layer.block_norm.weight, layer.block_norm.eps, residual_TM=x_TM)
     return normed, (scale_1, attended, hidden_TM, scale_2, *kept)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lora_cli.engine.fused import card
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -52,6 +54,8 @@ class Adapted:
         """The weight, [O, I]."""
         if self.state is None:
             return self.weight
+        if self.weight.is_cuda:
+            return card.dense(self.weight, self.state)
         from bitsandbytes.functional import dequantize_4bit
 
         weight: Tensor = dequantize_4bit(self.weight, self.state)
@@ -69,7 +73,7 @@ class Adapted:
 class Joined:
     """Layers that share an input, made ready for one pass over it, there or back."""
 
-    def __init__(self, layers: Sequence[Adapted], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[Adapted], dtype: torch.dtype, *, keep_low: bool = False) -> None:
         self.layers = layers
         on_card = layers[0].weight.is_cuda
         self.exact = dtype == torch.float32 and not on_card
@@ -79,7 +83,10 @@ class Joined:
         found = [layer.a for layer in layers if layer.a is not None]
         self.a_RI = None if not found else (found[0] if len(found) == 1 else torch.cat(found)).to(dtype)
         """The A of all layers, one below the other."""
-        self.scaled_b = [None if layer.b is None else layer.b.to(dtype) * layer.scale for layer in layers]
+        self.scaled_b = [None if layer.b is None else _scaled(layer.b, layer.scale, dtype) for layer in layers]
+        self.kept_low: Tensor | None = None
+        """What `low` came to in `project`, where it is kept."""
+        self._keep_low = keep_low
         self.columns = []
         """Where each layer's ranks stand among those of all."""
         end = 0
@@ -106,6 +113,7 @@ class Joined:
         """The layers' [T, O] outputs, into `outputs` when they are given."""
         joint = x_TI
         low_TR = None if self.exact else self.low(x_TI)
+        self.kept_low = low_TR if self._keep_low else None
         if self.joined and low_TR is not None:
             joint = torch.cat([x_TI, low_TR], dim=1)
         if outputs is None:
@@ -131,6 +139,26 @@ class Joined:
         if b_Or is not None:
             whole[:, width + columns.start : width + columns.stop] = b_Or
         return whole
+
+
+class Products:
+    """The joined layers of one pass, made as they are needed.
+
+    Args:
+        keep: for the way back as well, with x A' of each input. On a card, where that is little; joined weights aren't.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, keep: bool) -> None:
+        self._dtype, self._keep = dtype, keep
+        self._known: dict[Adapted, Joined] = {}
+
+    def of(self, *layers: Adapted) -> Joined:
+        """Layers that share an input."""
+        if not self._keep:
+            return Joined(layers, self._dtype)
+        if layers[0] not in self._known:
+            self._known[layers[0]] = Joined(layers, self._dtype, keep_low=True)
+        return self._known[layers[0]]
 
 
 class Gradients:
@@ -165,7 +193,9 @@ class Gradients:
 
     def collect(self, x_TI: Tensor, grads: Sequence[Tensor]) -> None:
         """The second half: gradients of the adapters, from the same ones of outputs."""
-        joined, low_TR = self._joined, self._joined.low(x_TI)
+        joined = self._joined
+        low_TR = joined.low(x_TI) if joined.kept_low is None else joined.kept_low
+        joined.kept_low = None
         if low_TR is None or self._back_TR is None:
             return
         for number, (grad, columns) in enumerate(zip(grads, joined.columns, strict=True)):
@@ -183,6 +213,13 @@ class Gradients:
             assert self._a_RI is not None and b_rO is not None
             found += [self._a_RI[columns], b_rO.t()]
         return found
+
+
+def _scaled(b_Or: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s B in another dtype, rounded once where that is one operation."""
+    if b_Or.dtype == dtype or not b_Or.is_cuda:
+        return b_Or.to(dtype) * scale
+    return torch.mul(b_Or, scale, out=torch.empty_like(b_Or, dtype=dtype))
 
 
 def _sum(total: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:

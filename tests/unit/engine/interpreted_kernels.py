@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from lora_cli.engine.fused import card, pointwise
@@ -57,6 +58,21 @@ def test_gated_activation_there_and_back(name: str) -> None:
     backs = torch.autograd.grad(expected, own, grad)
     card.gated_back(grad, gate, up, name)
     torch.testing.assert_close((grad, gate, up), (expected.detach(), *backs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bit_weights_have_the_bits_that_bitsandbytes_gives(kind: str, nested: bool, dtype: torch.dtype) -> None:
+    weight = draw(65, 192).to(dtype)
+    packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    expected = dequantize_4bit(packed, state)
+    found = card.dense(packed, state)
+    if dtype == torch.float32:
+        assert torch.equal(found, expected)
+    else:  # the interpreter cuts where a card rounds
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+    assert torch.equal(card.dense(packed.flatten().view(torch.float16), state), found)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

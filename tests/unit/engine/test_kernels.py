@@ -29,8 +29,9 @@ def test_kernels_compile_for_cards() -> None:
     from lora_cli.engine.fused import kernels
 
     values, floats = {"x", "residual", "weight", "normed", "grad", "more", "cos", "sin", "gate", "up", "out"}, {"scale"}
-    constants = {"ADD": True, "HALF": 64, "HEADS": 32, "GELU": True, "VOCABULARY": 128_256}
+    constants = {"SIZE": 64, "SIZE_2": 256, "ADD": True, "HALF": 64, "HEADS": 32, "GELU": True, "VOCABULARY": 128_256}
     names = ("rms_norm", "rms_norm_again", "rms_norm_back", "rotate", "gated", "gated_back", "cross_entropy")
+    names += ("unpack_4_bits",)
     for name in names:
         kernel = getattr(kernels, name)
         known = {"BLOCK": 64 if name == "rotate" else 4096, **constants}
@@ -40,10 +41,16 @@ def test_kernels_compile_for_cards() -> None:
                 signature[argument], fixed[(index,)] = "constexpr", known[argument]
             elif argument in values or argument == "logits":
                 signature[argument] = "*bf16"
-            elif argument in floats or argument == "losses":
+            elif argument in floats or argument in ("losses", "code", "code_2", "absmax_2", "offset"):
                 signature[argument] = "*fp32"
             else:
-                signature[argument] = {"targets": "*i64", "eps": "fp32", "sign": "fp32"}.get(argument, "i32")
+                signature[argument] = {
+                    "targets": "*i64",
+                    "packed": "*u8",
+                    "absmax": "*u8",
+                    "eps": "fp32",
+                    "sign": "fp32",
+                }.get(argument, "i32")
         for capability in (80, 90, 100):
             target = GPUTarget("cuda", capability, 32)
             compiled = compile(ASTSource(kernel, signature, fixed), target=target, options={"num_warps": 8})
