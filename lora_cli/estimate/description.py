@@ -75,6 +75,8 @@ def _assumptions(need: Need, card: Card | None) -> list[str]:
     ]
     if card is not None:
         lines.append(f"{MARGIN:.0%} of what is reserved is kept free")
+    if card is not None and not card.source:
+        lines.append(f"{card.gib:g} GiB on {card.name}, as on other cards of its size: no report of its own was found")
     if card is None:
         lines.append("an Ampere card or newer, in bfloat16")
     if not context_measured(need.target):

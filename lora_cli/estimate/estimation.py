@@ -105,7 +105,7 @@ def asked_card(gpu: str | None, vram_gib: float | None) -> Card | None:
     if vram_gib is not None:
         if not 0 < vram_gib < math.inf:
             raise UserError(f"--vram {vram_gib:g} is not an amount of memory")
-        return Card(f"a card of {vram_gib:g} GiB", vram_gib, (8, 0))
+        return Card(f"a card of {vram_gib:g} GiB", vram_gib, (8, 0), "--vram")
     return None
 
 

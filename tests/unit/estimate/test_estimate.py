@@ -168,6 +168,18 @@ def test_cards_are_found_by_the_names_people_use(name: str, card: str) -> None:
     assert find_card(name).name == card
 
 
+def test_a_card_without_a_report_of_its_own_is_said(tiny_llama: Path) -> None:
+    unnamed, named = (estimate_vram(make_config(tiny_llama), gpu=name).assumptions for name in ("rtx-4080", "rtx-4090"))
+    assert any("15.57 GiB on rtx-4080-16gb" in line for line in unnamed)
+    assert not any("no report" in line for line in named)
+
+
+def test_cards_hold_less_than_their_names_promise_and_more_than_nine_tenths() -> None:
+    for card in CARDS:
+        promised = int(card.name.rpartition("-")[2].removesuffix("gb"))
+        assert 0.9 * promised < card.gib < promised, card
+
+
 @pytest.mark.parametrize(("name", "says"), [("rtx-4091", "rtx-4090"), ("a100", "a100-40gb, a100-80gb")])
 def test_an_unknown_card_gets_near_matches(name: str, says: str) -> None:
     with pytest.raises(UserError) as caught:
