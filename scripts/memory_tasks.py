@@ -61,8 +61,9 @@ def predict(case: Case, folder: Path, capability: tuple[int, int]) -> Values:
     torch.set_num_threads(1)
     config = config_of(case, folder)
     architecture = read_architecture(config.model)
-    need = Rehearsals(architecture, prove_run(config, architecture)).need(config, Target("cuda", capability))
-    replayed = replay(need.trace, expandable=True) if case.expandable else need.replayed
+    rehearsals = Rehearsals(architecture, prove_run(config, architecture), expandable=case.expandable)
+    need = rehearsals.need(config, Target("cuda", capability))
+    replayed = need.replayed
     return {
         "allocated_bytes": replayed.peak_allocated_bytes,
         "reserved_bytes": replayed.peak_reserved_bytes,
