@@ -42,7 +42,7 @@ class Watch:
         import torch
 
         first = next((p for group in optimizer.param_groups for p in group["params"]), None)
-        if first is None or first.device.type != self.device:  # rehearsed on `meta`
+        if first is None or first.is_meta or first.device.type != self.device:  # rehearsed on `meta`
             return
         self.marks.append(torch.cuda.Event(enable_timing=True) if self.device == "cuda" else time.perf_counter())
         if self.device == "cuda":
