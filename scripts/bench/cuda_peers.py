@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEED, LEARNING_RATE, RANK, ALPHA = 42, 2e-4, 16, 32
@@ -157,10 +157,6 @@ def train_with_trainer(settings: Settings) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    class InOrder(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
-
     model = AutoModelForCausalLM.from_pretrained(
         Path(settings["folder"]) / "model",
         dtype=torch.bfloat16,
@@ -176,8 +172,8 @@ def train_with_trainer(settings: Settings) -> None:
         }
         for step in documents(settings)
     ]
-    arguments = TrainingArguments(**shared_arguments(settings))
-    trainer = InOrder(
+    arguments = TrainingArguments(**shared_arguments(settings), train_sampling_strategy="sequential")
+    trainer = Trainer(
         model=get_peft_model(model, lora_config()),
         args=arguments,
         train_dataset=rows,
