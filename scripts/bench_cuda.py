@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cuda_page import cuda_table
+from bench.cuda_page import cuda_table, write_cuda_page
 from bench.cuda_run import Asked, Child, child_environment, warmed
 from bench.cuda_ways import CUDA_WAYS, CudaWay, chosen
 from bench.cuda_world import SHAPES
@@ -38,6 +38,9 @@ LEAST_SECONDS = 20
 def main() -> int:
     """Make the world, run the ways, print the table."""
     arguments = parse()
+    if arguments.page:
+        write_cuda_page(ROOT / "docs" / "measurements", ROOT / "docs" / "speed.md")
+        return 0
     ends = time.monotonic() + arguments.seconds
     name = "tiny" if arguments.tiny else "8b"
     packages = {tool: str(Path(path).absolute()) for tool, path in (each.split("=", 1) for each in arguments.packages)}
@@ -93,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--world", type=Path, help="where model, rows and runs go (memory, if there is room)")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="where rows and logs go (%(default)s)")
     parser.add_argument("--commit", help="of this code, where there is no repository")
+    parser.add_argument("--page", action="store_true", help="only write docs/speed.md from docs/measurements/cuda-*")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, 32 wide")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -133,16 +137,16 @@ def figures(way: CudaWay, shape: Any, skipped: int, report: dict[str, Any]) -> d
         "tool": way.tool,
         "base": way.base,
         "checkpointing": way.checkpointing,
-        "tokens_per_step": shape.tokens,
         "multiplied_parameters": shape.multiplied,
     } | report
     timed = report.get("step_seconds", [])[skipped - 1 :]
     if timed and "error" not in report:
         median = statistics.median(timed)
+        tokens = [count or shape.tokens for count in report["step_tokens"][skipped : skipped + len(timed)]]
         row |= {
             "timed_seconds": timed,
             "seconds_per_step": median,
-            "tokens_per_second": shape.tokens / median,
+            "tokens_per_second": statistics.fmean(tokens or [shape.tokens]) / median,
             "mean_loss": statistics.fmean(report["losses"]) if report["losses"] else None,
         }
     return row

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 _HEAD = (
     "way",
     "base",
@@ -61,3 +64,29 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 def _gib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**30:.1f} GiB"
+
+
+def write_cuda_page(measurements: Path, page: Path) -> None:
+    """Put a table for each file `cuda-*.jsonl` into the page, with the card and versions above it; its rows below."""
+    parts = [_section(file) for file in sorted(measurements.glob("cuda-*.jsonl"))]
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    body = "\n\n".join(parts) or "No rows have been measured yet."
+    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def _section(file: Path) -> str:
+    """The last row of each way that was measured to the end, or of those that never were, how they failed."""
+    found: dict[str, Row] = {}
+    for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        if "error" not in row or "error" in found.get(row["way"], row):
+            found[row["way"]] = row
+    rows = list(found.values())
+    versions: dict[str, str] = {}
+    for row in rows:
+        versions |= row.get("versions", {})
+    first = rows[0]
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    peak = first["matmul_peak_flops"] / 1e12
+    head = f"{first['card']}, driver {first['driver']}; bf16 product {peak:.0f} TFLOP/s; {said}."
+    return f"{head} Rows: [measurements/{file.name}](measurements/{file.name}).\n\n{cuda_table(rows)}"

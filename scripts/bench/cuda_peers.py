@@ -60,7 +60,8 @@ def reporter() -> Any:
     class Reporter(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                print(json.dumps({"step": state.global_step, "loss": float(logs["loss"])}), flush=True)
+                told = {"step": state.global_step, "loss": float(logs["loss"]), "num_tokens": logs.get("num_tokens")}
+                print(json.dumps(told), flush=True)
 
     return Reporter()
 
@@ -86,15 +87,20 @@ def lora_config() -> Any:
 
 
 def packing_arguments(settings: Settings) -> dict[str, Any]:
-    """TRL's, for rows of so many tokens; documents stay apart unless `packing` is `wrapped`."""
+    """TRL's, for rows of so many tokens; `packing` is its strategy, or `rows`, which are full already."""
+    if settings.get("packing") == "rows":
+        return {"max_length": settings["tokens"], "packing": False}
     return {"max_length": settings["tokens"], "packing": True, "packing_strategy": settings.get("packing", "bfd")}
 
 
 def flat_dataset(settings: Settings) -> Any:
-    """A row for each document, tokenized already."""
+    """A row for each document, tokenized already; for `packing: rows` one for each step."""
     from datasets import Dataset
 
-    return Dataset.from_list([{"input_ids": row} for rows in documents(settings) for row in rows])
+    steps = documents(settings)
+    if settings.get("packing") == "rows":
+        return Dataset.from_list([{"input_ids": [token for row in rows for token in row]} for rows in steps])
+    return Dataset.from_list([{"input_ids": row} for rows in steps for row in rows])
 
 
 def train_with_trl(settings: Settings) -> None:

@@ -90,7 +90,8 @@ class Child:
         if len(report.get("step_seconds", ())) < self.asked.steps - 1:
             report["error"] = error or "it ended before its steps were taken"
             report["last_lines"] = "\n".join(text.splitlines()[-12:])[-1500:]
-        return report | {"losses": self.way.losses(self.asked.folder, text)[: self.asked.steps]}
+        told = self.way.told(self.asked.folder, text)[: self.asked.steps]
+        return report | {"losses": [loss for loss, _ in told], "step_tokens": [tokens for _, tokens in told]}
 
     def end(self) -> None:
         """It and nothing else."""

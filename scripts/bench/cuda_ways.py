@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,14 +38,17 @@ class CudaWay:
         """What `watch` runs."""
         return (_lora if self.tool == "lora" else _peer)(self, folder, shape, steps)
 
-    def losses(self, folder: Path, log: str) -> list[float]:
-        """Of its steps, as far as it came; in as many digits as it gives."""
+    def told(self, folder: Path, log: str) -> list[tuple[float, float | None]]:
+        """Loss and tokens of each step as far as it came, in as many digits as it gives; None where it counts none."""
         if self.tool == "lora":
             file = folder / "runs" / self.name / "metrics.jsonl"
             lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        else:
-            lines = [line for line in log.splitlines() if line.startswith('{"step"')]
-        return [float(row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+            rows = [row for row in map(json.loads, lines) if "loss" in row]
+            return [(row["loss"], row["num_tokens"]) for row in rows]
+        rows = [json.loads(line) for line in log.splitlines() if line.startswith('{"step"')]
+        so_far = [0.0, *(row["num_tokens"] or 0.0 for row in rows)]
+        tokens = [after - before for before, after in pairwise(so_far)]
+        return [(row["loss"], count or None) for row, count in zip(rows, tokens, strict=True)]
 
 
 def _lora(way: CudaWay, folder: Path, shape: Shape, steps: int) -> list[str]:
@@ -90,6 +94,7 @@ _TRL_Q, _TRL_Q_CKPT = _pair("trl", "TRL + Liger, packed", "nf4", "trl-qlora")
 _TRL_WRAPPED, _ = _pair("trl", "TRL + Liger, packed across documents", "bf16", "trl-wrapped", "packing=wrapped")
 _UNSLOTH, _UNSLOTH_CKPT = _pair("unsloth", "Unsloth, packed", "bf16", "unsloth")
 _UNSLOTH_Q, _UNSLOTH_Q_CKPT = _pair("unsloth", "Unsloth, packed", "nf4", "unsloth-qlora")
+_UNSLOTH_WRAPPED, _ = _pair("unsloth", "Unsloth, rows across documents", "bf16", "unsloth-wrapped", "packing=rows")
 _TRAINER = CudaWay("trainer", "transformers' Trainer + PEFT", "trainer", "bf16", False)
 
 CUDA_WAYS: Sequence[CudaWay] = (
@@ -105,6 +110,7 @@ CUDA_WAYS: Sequence[CudaWay] = (
     _QLORA_CKPT,
     _UNFUSED,
     _TRL_WRAPPED,
+    _UNSLOTH_WRAPPED,
     _TRL_Q_CKPT,
     _UNSLOTH_Q_CKPT,
     _UNFUSED_Q,

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from bench.cuda_page import cuda_table
+from bench.cuda_page import cuda_table, write_cuda_page
+from bench.cuda_ways import CUDA_WAYS
 from bench.cuda_world import SHAPES, Shape, write_rows, write_safetensors
 from bench.profiles import Kernel, busy, class_of, page_of
+from bench_cuda import figures
 
 from lora_cli.data.order import step_examples
 
@@ -127,6 +129,34 @@ def test_the_table_compares_like_with_like() -> None:
     assert peer[3] == "2.00 times" and peer[6:10] == ["3.0 GiB", "4.0 GiB", "-", "11.5 s"]
     assert other[3] == "-"
     assert "ValueError: no / here" in broken[2]
+
+
+def test_speed_counts_the_tokens_that_a_way_really_took(tmp_path: Path) -> None:
+    """A peer that silently doesn't pack takes one document a step: 100 tokens in 0.5 s, whatever was asked for."""
+    way = next(way for way in CUDA_WAYS if way.name == "trl")
+    log = [{"step": n, "loss": 2.0 + n, "num_tokens": 100.0 * n} for n in range(1, 5)]
+    told = way.told(tmp_path, "warning\n" + "\n".join(map(json.dumps, log)))
+    assert told == [(3.0, 100.0), (4.0, 100.0), (5.0, 100.0), (6.0, 100.0)]
+    report = {"step_seconds": [9.0, 0.5, 0.5], "losses": [3.0, 4.0], "step_tokens": [count for _, count in told]}
+    assert figures(way, Shape(), 2, report)["tokens_per_second"] == 200.0
+    assert figures(way, Shape(), 2, report | {"step_tokens": [None] * 4})["tokens_per_second"] == 8192.0
+
+
+def test_the_page_keeps_a_way_that_was_measured_before_it_failed(tmp_path: Path) -> None:
+    (tmp_path / "measurements").mkdir()
+    page = tmp_path / "speed.md"
+    page.write_text("before\n<!-- cuda: begin -->\nold\n<!-- cuda: end -->\nafter\n")
+    write_cuda_page(tmp_path / "measurements", page)
+    assert page.read_text().splitlines()[2:3] == ["No rows have been measured yet."]
+    common = {"card": "NVIDIA X", "driver": "1.2", "versions": {"torch": "2.11.0"}}
+    failed = {"error": "exit code 1", "last_lines": "MemoryError"}
+    rows = [row("lora", "lora", 20_480.0) | common, row("lora", "lora", 1.0) | common | failed]
+    (tmp_path / "measurements" / "cuda-x.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    write_cuda_page(tmp_path / "measurements", page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "NVIDIA X, driver 1.2; bf16 product 800 TFLOP/s; torch 2.11.0." in text
+    assert "20,480" in text and "MemoryError" not in text
 
 
 def test_a_watched_program_is_timed_and_ended(tmp_path: Path) -> None:
