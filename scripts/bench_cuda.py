@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cuda_page import cuda_table, write_cuda_page
+from bench.cuda_page import cuda_table, longest_table, write_cuda_page
 from bench.cuda_run import Asked, Child, child_environment, warmed
-from bench.cuda_ways import CUDA_WAYS, CudaWay, chosen
+from bench.cuda_ways import CUDA_WAYS, CudaWay, chosen, climbers
 from bench.cuda_world import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def main() -> int:
     profiled = frozenset((arguments.profile or "").split(","))
     asked = Asked(fresh_folder(arguments.world), SHAPES[name], arguments.steps, profiled, packages)
     first, warming = Child(ways[0], asked), warmed(ways[1:], asked)  # while the world is made
-    made = make_world(asked.folder, name, arguments.steps)
+    made = make_world(asked.folder, name, arguments.steps, arguments.longest)
     print(f"world: {made['seconds']}, bf16 peak {made['matmul_peak_flops'] / 1e12:.0f} TFLOP/s", flush=True)
     common = {"matmul_peak_flops": made["matmul_peak_flops"], "commit": arguments.commit or commit(), **card()}
     rows = []
@@ -60,11 +60,35 @@ def main() -> int:
         keep(asked.folder, way, arguments.out)
     for process in warming:
         process.kill()
-    pack_logs(asked.folder, arguments.out)
-    print("\n" + cuda_table(rows))
+    print("\n" + cuda_table(rows), flush=True)
     if left_out := [way.name for way in ways[len(rows) :]]:
         print(f"\nleft out, for there was no time: {', '.join(left_out)}")
+    if arguments.longest:
+        climb(asked, tuple(map(int, arguments.longest.split(","))), ways, arguments, ends, common)
+    pack_logs(asked.folder, arguments.out)
     return int(any("error" in row for row in rows))
+
+
+def climb(
+    asked: Asked,
+    ladder: tuple[int, ...],
+    ways: Sequence[CudaWay],
+    arguments: argparse.Namespace,
+    ends: float,
+    common: dict[str, Any],
+) -> None:
+    """Ever longer documents, until memory or time is over; rows to `OUT/cuda-longest.jsonl`."""
+    climbing = climbers(ladder, {way.tool for way in ways})
+    if not climbing or ends - time.monotonic() < LEAST_SECONDS:
+        print("no time is left to look for the longest document")
+        return
+    first = Child(climbing[0], asked)
+    with (arguments.out / "cuda-longest.jsonl").open("a", encoding="utf-8") as file:
+        rows = []
+        for way, report in run_all(first, climbing, asked, arguments.most, ends):
+            rows.append({"way": way.name, "says": way.says, "ladder": ladder} | report | common)
+            file.write(json.dumps(rows[-1]) + "\n")
+    print("\n" + longest_table(rows))
 
 
 def run_all(
@@ -96,6 +120,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--world", type=Path, help="where model, rows and runs go (memory, if there is room)")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="where rows and logs go (%(default)s)")
     parser.add_argument("--commit", help="of this code, where there is no repository")
+    parser.add_argument(
+        "--longest", metavar="LENGTHS", help="single documents of these lengths, one a step, at the end"
+    )
     parser.add_argument("--page", action="store_true", help="only write docs/speed.md from docs/measurements/cuda-*")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, 32 wide")
     arguments = parser.parse_args()
@@ -113,9 +140,17 @@ def fresh_folder(asked: Path | None) -> Path:
     return folder.absolute()
 
 
-def make_world(folder: Path, shape: str, steps: int) -> dict[str, Any]:
+def make_world(folder: Path, shape: str, steps: int, ladder: str | None) -> dict[str, Any]:
     """Made by a process of its own, so that this one holds nothing on the card."""
-    command = [sys.executable, "-m", "bench.cuda_world", str(folder), shape, str(steps + 4)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.cuda_world",
+        str(folder),
+        shape,
+        str(steps + 4),
+        *([ladder] if ladder else []),
+    ]
     subprocess.run(command, check=True, cwd=ROOT / "scripts", env=child_environment(None))
     made: dict[str, Any] = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     return made

@@ -27,7 +27,7 @@ def main() -> None:
 
 def documents(settings: Settings) -> list[list[list[int]]]:
     """Of each step, its documents' token ids."""
-    lines = (Path(settings["folder"]) / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (Path(settings["folder"]) / settings["rows"]).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -49,6 +49,7 @@ def shared_arguments(settings: Settings) -> dict[str, Any]:
         "report_to": [],
         "seed": SEED,
         "disable_tqdm": True,
+        "train_sampling_strategy": "sequential" if settings["rows"] != "steps.jsonl" else "random",
         "use_cpu": not torch.cuda.is_available(),
     }
 
@@ -178,7 +179,7 @@ def train_with_trainer(settings: Settings) -> None:
         }
         for step in documents(settings)
     ]
-    arguments = TrainingArguments(**shared_arguments(settings), train_sampling_strategy="sequential")
+    arguments = TrainingArguments(**shared_arguments(settings) | {"train_sampling_strategy": "sequential"})
     trainer = Trainer(
         model=get_peft_model(model, lora_config()),
         args=arguments,

@@ -49,11 +49,13 @@ class Child:
         for old in (self.report, self.ready):
             old.unlink(missing_ok=True)
         more = 2 if way.name in asked.profiled else 0
-        options = ["--profile", str(more), "--ready", str(self.ready), "--import", way.imports]
-        program = way.program(asked.folder, asked.shape, asked.steps + more + 1)
+        steps = len(way.ladder) or asked.steps
+        options = ["--each"] if way.ladder else []
+        options += ["--profile", str(more), "--ready", str(self.ready), "--import", way.imports]
+        program = way.program(asked.folder, asked.shape, steps + more + 1)
         self._out = self.log.open("w", encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, str(WATCH), str(self.report), str(asked.steps), *options, "--", *program],
+            [sys.executable, str(WATCH), str(self.report), str(steps), *options, "--", *program],
             stdin=subprocess.PIPE,
             stdout=self._out,
             stderr=subprocess.STDOUT,
@@ -87,7 +89,7 @@ class Child:
         report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8")) if self.report.exists() else {}
         report |= {"run_seconds": time.monotonic() - began, "card_bytes": card.most}
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        if len(report.get("step_seconds", ())) < self.asked.steps - 1:
+        if len(report.get("step_seconds", ())) < (len(self.way.ladder) or self.asked.steps) - 1:
             report["error"] = error or "it ended before its steps were taken"
             report["last_lines"] = "\n".join(text.splitlines()[-12:])[-1500:]
         told = self.way.told(self.asked.folder, text)[: self.asked.steps]

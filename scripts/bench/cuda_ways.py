@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from bench.cuda_world import Shape, lora_settings
 
 HERE = Path(__file__).parent
 LORA_IMPORTS = "torch,transformers,peft,bitsandbytes,datasets,lora_cli.train.run"
+LADDER_TOOLS: tuple[Literal["lora", "trl", "unsloth"], ...] = ("lora", "trl", "unsloth")
 PEER_IMPORTS = "torch,transformers,peft,bitsandbytes,datasets"
 
 
@@ -28,6 +29,8 @@ class CudaWay:
     checkpointing: bool
     options: tuple[str, ...] = ()
     """`key=value`: lora's settings; of the peers' program, its own."""
+    ladder: tuple[int, ...] = ()
+    """Lengths of single documents, instead of the world's rows, to see how long a one still trains."""
 
     @property
     def imports(self) -> str:
@@ -52,7 +55,7 @@ class CudaWay:
 
 
 def _lora(way: CudaWay, folder: Path, shape: Shape, steps: int) -> list[str]:
-    settings = lora_settings(folder, shape)
+    settings = lora_settings(folder, shape, way.ladder)
     settings["train"] |= {"gradient_checkpointing": way.checkpointing, "max_steps": steps}
     if way.base == "nf4":
         settings["model"]["quantization"] = {"type": "nf4"}
@@ -67,7 +70,8 @@ def _peer(way: CudaWay, folder: Path, shape: Shape, steps: int) -> list[str]:
         "tool": way.tool,
         "base": way.base,
         "checkpointing": way.checkpointing,
-        "tokens": shape.tokens,
+        "tokens": max(way.ladder, default=shape.tokens),
+        "rows": "ladder-steps.jsonl" if way.ladder else "steps.jsonl",
         "steps": steps,
         "folder": str(folder),
         "output": str(folder / "runs" / way.name),
@@ -117,6 +121,16 @@ CUDA_WAYS: Sequence[CudaWay] = (
     _UNFUSED_CKPT,
     _TRAINER,
 )
+
+
+def climbers(ladder: tuple[int, ...], tools: Collection[str]) -> list[CudaWay]:
+    """A way for each tool that trains on one ever longer document, activations recomputed."""
+    says = {"lora": "lora train", "trl": "TRL + Liger", "unsloth": "Unsloth"}
+    return [
+        CudaWay(f"longest-{tool}", says[tool], tool, "bf16", True, ("packing=rows",) if tool != "lora" else (), ladder)
+        for tool in LADDER_TOOLS
+        if tool in tools
+    ]
 
 
 def chosen(names: str | None, without: Callable[[CudaWay], bool]) -> list[CudaWay]:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from bench.cuda_page import cuda_table, write_cuda_page
+from bench.cuda_page import cuda_table, longest_table, write_cuda_page
 from bench.cuda_ways import CUDA_WAYS
-from bench.cuda_world import SHAPES, Shape, write_rows, write_safetensors
+from bench.cuda_world import SHAPES, Shape, write_ladder, write_rows, write_safetensors
 from bench.profiles import Kernel, busy, class_of, page_of
 from bench_cuda import figures
 
@@ -44,6 +44,23 @@ def test_rows_of_the_file_are_lora_steps(tmp_path: Path) -> None:
         for place, document in zip(places, documents, strict=True):
             words = [int(word[1:]) + 2 for word in rows[int(place)].split()]
             assert [*words, 0] == document
+
+
+def test_the_ladder_climbs_in_loras_order(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_ladder(tmp_path, (8, 16, 32, 64, 128))
+    rows = [json.loads(line)["text"] for line in (tmp_path / "data" / "ladder.jsonl").read_text().splitlines()]
+    lengths = [len(rows[int(step_examples(n, seed=42, count=5, batch_size=1)[0])].split()) + 1 for n in range(1, 6)]
+    assert lengths == [8, 16, 32, 64, 128]
+
+
+def test_the_longest_document_is_read_off_a_line() -> None:
+    """10 GiB at 1,000 tokens and 20 GiB at 2,000 of a card of 145 GiB: 14,500 tokens, rounded down."""
+    row = {"says": "lora", "ladder": [1000, 2000, 4000], "total_bytes": 145 * 2**30, "error": "exit code 2"}
+    peaks = {"step_peaks": [[10 * 2**30, 0], [20 * 2**30, 0]]}
+    lines = longest_table([row | peaks, row]).splitlines()
+    assert lines[2] == "| lora | 10.0 GiB | 20.0 GiB | - | 2,000 | 14,000 | exit code 2 |"
+    assert lines[3] == "| lora | - | - | - | - | - | exit code 2 |"
 
 
 def test_weights_written_through_memory_maps_are_read_back(tmp_path: Path) -> None:
