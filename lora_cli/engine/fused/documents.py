@@ -32,6 +32,8 @@ class Documents:
     lengths: tuple[int, ...]
     starts: Tensor | None = None
     """[documents + 1], int32, where each begins and the last one ends: for a card."""
+    window: int | None = None
+    """How many tokens back, itself included, a token sees: on a card alone."""
 
 
 SHORTEST = 0.85
@@ -83,7 +85,9 @@ def attend(
     """[T, H, E], and what `attend_back` needs."""
     if query_THE.is_cuda:
         given = (query_THE, key_TKE, value_TKE)
-        out, log_sums, seed, unused, _ = aten._flash_attention_forward(*given, *_on_card(documents), False, scale=scale)
+        out, log_sums, seed, unused, _ = aten._flash_attention_forward(
+            *given, *_on_card(documents), False, scale=scale, **_window(documents)
+        )
         return out, [*given, log_sums, seed, unused]
     plan = layout(documents.lengths)
     gather = _on(query_THE.device, plan.gather)
@@ -105,7 +109,9 @@ def attend_back(
     if grad_THE.is_cuda:
         *given, log_sums, seed, unused = kept
         about = (*_on_card(documents), seed, unused)
-        found = aten._flash_attention_backward(grad_THE, *given, out_THE, log_sums, *about, scale=scale)
+        found = aten._flash_attention_backward(
+            grad_THE, *given, out_THE, log_sums, *about, scale=scale, **_window(documents)
+        )
         return found[0], found[1], found[2]
     plan = layout(documents.lengths)
     gather, back = _on(grad_THE.device, plan.gather), _on(grad_THE.device, plan.back)
@@ -123,11 +129,33 @@ def attend_back(
     return dq, dk, dv
 
 
+class Attention(torch.autograd.Function):
+    """`attend` as one autograd node, for a model's own layers on a card."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
+        out, kept = attend(query, key, value, documents, scale)
+        ctx.documents, ctx.scale = documents, scale
+        ctx.save_for_backward(out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, *kept = ctx.saved_tensors
+        return (*attend_back(grad.contiguous(), out, kept, ctx.documents, ctx.scale), None, None)
+
+
 def _on_card(documents: Documents) -> tuple[Any, ...]:
-    """Where queries and keys begin, the longest of each, no dropout, and a causal mask: as both ways take them."""
+    """Where queries and keys begin, the longest of each, no dropout, and whether the mask is causal: as both ways take
+    them."""
     assert documents.starts is not None
     longest = max(documents.lengths)
-    return documents.starts, documents.starts, longest, longest, 0.0, True
+    return documents.starts, documents.starts, longest, longest, 0.0, documents.window is None
+
+
+def _window(documents: Documents) -> dict[str, int]:
+    """The kernel counts tokens to the left of the query, itself not included; 0 to the right is causal."""
+    return {} if documents.window is None else {"window_size_left": documents.window - 1, "window_size_right": 0}
 
 
 def _on(device: torch.device, indices: NDArray[np.int64]) -> Tensor:

@@ -66,8 +66,6 @@ class Scratch:
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> list[int]:
         rule = self._rules.get(func)
-        if rule is None and self._cuda and func.name() == "torch_attn::_varlen_attn_backward":
-            rule = _varlen_backward  # its operator exists once attention by documents has been imported
         return [] if rule is None else rule(args)
 
 
