@@ -21,12 +21,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cuda_page import cuda_table
-from bench.cuda_run import Asked, Child, child_environment
-from bench.cuda_ways import CUDA_WAYS, CudaWay, chosen
+from bench.cuda_page import cuda_table, longest_table, write_cuda_page
+from bench.cuda_run import Asked, Child, child_environment, warmed
+from bench.cuda_ways import CUDA_WAYS, CudaWay, chosen, climbers
 from bench.cuda_world import SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,38 +38,72 @@ LEAST_SECONDS = 20
 def main() -> int:
     """Make the world, run the ways, print the table."""
     arguments = parse()
+    if arguments.page:
+        write_cuda_page(ROOT / "docs" / "measurements", ROOT / "docs" / "speed.md")
+        return 0
     ends = time.monotonic() + arguments.seconds
-    folder = arguments.world or roomy_folder()
-    packages = dict(each.split("=", 1) for each in arguments.packages)
+    name = "tiny" if arguments.tiny else "8b"
+    packages = {tool: str(Path(path).absolute()) for tool, path in (each.split("=", 1) for each in arguments.packages)}
     ways = chosen(arguments.only, lambda way: not installed(way, packages))
-    profiled = set((arguments.profile or "").split(","))
-    made = make_world(folder, "tiny" if arguments.tiny else "8b", arguments.steps)
+    profiled = frozenset((arguments.profile or "").split(","))
+    asked = Asked(fresh_folder(arguments.world), SHAPES[name], arguments.steps, profiled, packages)
+    first, warming = Child(ways[0], asked), warmed(ways[1:], asked)  # while the world is made
+    made = make_world(asked.folder, name, arguments.steps, arguments.longest)
     print(f"world: {made['seconds']}, bf16 peak {made['matmul_peak_flops'] / 1e12:.0f} TFLOP/s", flush=True)
     common = {"matmul_peak_flops": made["matmul_peak_flops"], "commit": arguments.commit or commit(), **card()}
-    shape = SHAPES["tiny" if arguments.tiny else "8b"]
-    rows, left_out = [], []
-    waiting: Child | None = None
-    for place, way in enumerate(ways):
-        child, waiting = waiting or begun(way, folder, shape, arguments, profiled, packages), None
+    rows = []
+    for way, report in run_all(first, ways, asked, arguments.most, ends):
+        rows.append(figures(way, asked.shape, arguments.skipped, report) | common)
+        print(said(rows[-1]), flush=True)
+        with (arguments.out / "cuda.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        keep(asked.folder, way, arguments.out)
+    for process in warming:
+        process.kill()
+    print("\n" + cuda_table(rows), flush=True)
+    if left_out := [way.name for way in ways[len(rows) :]]:
+        print(f"\nleft out, for there was no time: {', '.join(left_out)}")
+    if arguments.longest:
+        climb(asked, tuple(map(int, arguments.longest.split(","))), ways, arguments, ends, common)
+    pack_logs(asked.folder, arguments.out)
+    return int(any("error" in row for row in rows))
+
+
+def climb(
+    asked: Asked,
+    ladder: tuple[int, ...],
+    ways: Sequence[CudaWay],
+    arguments: argparse.Namespace,
+    ends: float,
+    common: dict[str, Any],
+) -> None:
+    """Ever longer documents, until memory or time is over; rows to `OUT/cuda-longest.jsonl`."""
+    climbing = climbers(ladder, {way.tool for way in ways})
+    if not climbing or ends - time.monotonic() < LEAST_SECONDS:
+        print("no time is left to look for the longest document")
+        return
+    first = Child(climbing[0], asked)
+    with (arguments.out / "cuda-longest.jsonl").open("a", encoding="utf-8") as file:
+        rows = []
+        for way, report in run_all(first, climbing, asked, arguments.most, ends):
+            rows.append({"way": way.name, "says": way.says, "ladder": ladder} | report | common)
+            file.write(json.dumps(rows[-1]) + "\n")
+    print("\n" + longest_table(rows))
+
+
+def run_all(
+    first: Child, ways: Sequence[CudaWay], asked: Asked, most: float, ends: float
+) -> Iterator[tuple[CudaWay, dict[str, Any]]]:
+    """Each way with its report, as long as there is time; the next one imports while one runs."""
+    child = first
+    for way, following in zip(ways, [*ways[1:], None], strict=True):
         if ends - time.monotonic() < LEAST_SECONDS:
             child.end()
-            left_out = [each.name for each in ways[place:]]
-            break
-        following = ways[place + 1 : place + 2]
-        for each in following:
-            waiting = begun(each, folder, shape, arguments, profiled, packages)
-        report = child.train(arguments.most, ends)
-        row = figures(way, shape, arguments.skipped, report) | common
-        rows.append(row)
-        print(said(row), flush=True)
-        with (arguments.out / "cuda.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        keep(folder, way, arguments.out)
-    pack_logs(folder, arguments.out)
-    print("\n" + cuda_table(rows))
-    if left_out:
-        print(f"\nleft out, for there was no time: {', '.join(left_out)}")
-    return int(any("error" in row for row in rows))
+            return
+        waiting = Child(following, asked) if following else None
+        yield way, child.train(most, ends)
+        if waiting:
+            child = waiting
 
 
 def parse() -> argparse.Namespace:
@@ -85,36 +120,40 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--world", type=Path, help="where model, rows and runs go (memory, if there is room)")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="where rows and logs go (%(default)s)")
     parser.add_argument("--commit", help="of this code, where there is no repository")
+    parser.add_argument(
+        "--longest", metavar="LENGTHS", help="single documents of these lengths, one a step, at the end"
+    )
+    parser.add_argument("--page", action="store_true", help="only write docs/speed.md from docs/measurements/cuda-*")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, 32 wide")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     return arguments
 
 
-def roomy_folder() -> Path:
-    """A folder in memory if 24 GB have room there, else beside the code."""
+def fresh_folder(asked: Path | None) -> Path:
+    """An empty one: in memory if 24 GB have room there, else beside the code."""
     memory = Path("/dev/shm")
-    if memory.is_dir() and shutil.disk_usage(memory).free > 24e9:
-        return memory / "bench-cuda"
-    return Path(".bench/cuda").absolute()
-
-
-def make_world(folder: Path, shape: str, steps: int) -> dict[str, Any]:
-    """Made by a process of its own, so that this one holds nothing on the card."""
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 24e9
+    folder = (asked or (memory if roomy else Path(".bench"))) / "bench-cuda"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "bench.cuda_world", str(folder), shape, str(steps + 4)]
+    return folder.absolute()
+
+
+def make_world(folder: Path, shape: str, steps: int, ladder: str | None) -> dict[str, Any]:
+    """Made by a process of its own, so that this one holds nothing on the card."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.cuda_world",
+        str(folder),
+        shape,
+        str(steps + 4),
+        *([ladder] if ladder else []),
+    ]
     subprocess.run(command, check=True, cwd=ROOT / "scripts", env=child_environment(None))
     made: dict[str, Any] = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     return made
-
-
-def begun(
-    way: CudaWay, folder: Path, shape: Any, arguments: argparse.Namespace, profiled: set[str], packages: dict[str, str]
-) -> Child:
-    """The way's process, importing."""
-    more = 2 if way.name in profiled else 0
-    return Child(way, Asked(folder, shape, arguments.steps, more, packages))
 
 
 def installed(way: CudaWay, packages: dict[str, str]) -> bool:
@@ -133,16 +172,16 @@ def figures(way: CudaWay, shape: Any, skipped: int, report: dict[str, Any]) -> d
         "tool": way.tool,
         "base": way.base,
         "checkpointing": way.checkpointing,
-        "tokens_per_step": shape.tokens,
         "multiplied_parameters": shape.multiplied,
     } | report
     timed = report.get("step_seconds", [])[skipped - 1 :]
     if timed and "error" not in report:
         median = statistics.median(timed)
+        tokens = [count or shape.tokens for count in report["step_tokens"][skipped : skipped + len(timed)]]
         row |= {
             "timed_seconds": timed,
             "seconds_per_step": median,
-            "tokens_per_second": shape.tokens / median,
+            "tokens_per_second": statistics.fmean(tokens or [shape.tokens]) / median,
             "mean_loss": statistics.fmean(report["losses"]) if report["losses"] else None,
         }
     return row

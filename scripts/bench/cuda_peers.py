@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEED, LEARNING_RATE, RANK, ALPHA = 42, 2e-4, 16, 32
@@ -27,7 +27,7 @@ def main() -> None:
 
 def documents(settings: Settings) -> list[list[list[int]]]:
     """Of each step, its documents' token ids."""
-    lines = (Path(settings["folder"]) / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (Path(settings["folder"]) / settings["rows"]).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -49,6 +49,7 @@ def shared_arguments(settings: Settings) -> dict[str, Any]:
         "report_to": [],
         "seed": SEED,
         "disable_tqdm": True,
+        "train_sampling_strategy": "sequential" if settings["rows"] != "steps.jsonl" else "random",
         "use_cpu": not torch.cuda.is_available(),
     }
 
@@ -60,7 +61,8 @@ def reporter() -> Any:
     class Reporter(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                print(json.dumps({"step": state.global_step, "loss": float(logs["loss"])}), flush=True)
+                told = {"step": state.global_step, "loss": float(logs["loss"]), "num_tokens": logs.get("num_tokens")}
+                print(json.dumps(told), flush=True)
 
     return Reporter()
 
@@ -86,15 +88,20 @@ def lora_config() -> Any:
 
 
 def packing_arguments(settings: Settings) -> dict[str, Any]:
-    """TRL's, for rows of so many tokens; documents stay apart unless `packing` is `wrapped`."""
+    """TRL's, for rows of so many tokens; `packing` is its strategy, or `rows`, which are full already."""
+    if settings.get("packing") == "rows":
+        return {"max_length": settings["tokens"], "packing": False}
     return {"max_length": settings["tokens"], "packing": True, "packing_strategy": settings.get("packing", "bfd")}
 
 
 def flat_dataset(settings: Settings) -> Any:
-    """A row for each document, tokenized already."""
+    """A row for each document, tokenized already; for `packing: rows` one for each step."""
     from datasets import Dataset
 
-    return Dataset.from_list([{"input_ids": row} for rows in documents(settings) for row in rows])
+    steps = documents(settings)
+    if settings.get("packing") == "rows":
+        return Dataset.from_list([{"input_ids": [token for row in rows for token in row]} for rows in steps])
+    return Dataset.from_list([{"input_ids": row} for rows in steps for row in rows])
 
 
 def train_with_trl(settings: Settings) -> None:
@@ -157,10 +164,6 @@ def train_with_trainer(settings: Settings) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    class InOrder(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return torch.utils.data.SequentialSampler(cast(Any, self.train_dataset))
-
     model = AutoModelForCausalLM.from_pretrained(
         Path(settings["folder"]) / "model",
         dtype=torch.bfloat16,
@@ -176,8 +179,8 @@ def train_with_trainer(settings: Settings) -> None:
         }
         for step in documents(settings)
     ]
-    arguments = TrainingArguments(**shared_arguments(settings))
-    trainer = InOrder(
+    arguments = TrainingArguments(**shared_arguments(settings) | {"train_sampling_strategy": "sequential"})
+    trainer = Trainer(
         model=get_peft_model(model, lora_config()),
         args=arguments,
         train_dataset=rows,

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cuda_ways import CudaWay
+from bench.cuda_ways import PEER_IMPORTS, CudaWay
 from bench.cuda_world import Shape
 
 WATCH = Path(__file__).parent / "watch.py"
@@ -31,8 +32,8 @@ class Asked:
     """The world; reports and logs go to `FOLDER/reports`."""
     shape: Shape
     steps: int
-    profiled: int = 0
-    """More steps, under the profiler."""
+    profiled: frozenset[str] = frozenset()
+    """Ways that take two more steps, under the profiler."""
     paths: dict[str, str] | None = None
     """By tool, folders of packages that come before all others."""
 
@@ -47,15 +48,19 @@ class Child:
         self.report, self.log, self.ready = (reports / f"{way.name}.{end}" for end in ("json", "txt", "ready"))
         for old in (self.report, self.ready):
             old.unlink(missing_ok=True)
-        options = ["--profile", str(asked.profiled), "--ready", str(self.ready), "--import", way.imports]
-        program = way.program(asked.folder, asked.shape, asked.steps + asked.profiled + 1)
+        more = 2 if way.name in asked.profiled else 0
+        steps = len(way.ladder) or asked.steps
+        options = ["--each"] if way.ladder else []
+        options += ["--profile", str(more), "--ready", str(self.ready), "--import", way.imports]
+        program = way.program(asked.folder, asked.shape, steps + more + 1)
         self._out = self.log.open("w", encoding="utf-8")
         self.process = subprocess.Popen(
-            [sys.executable, str(WATCH), str(self.report), str(asked.steps), *options, "--", *program],
+            [sys.executable, str(WATCH), str(self.report), str(steps), *options, "--", *program],
             stdin=subprocess.PIPE,
             stdout=self._out,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=asked.folder,  # Unsloth writes where it stands
             env=child_environment((asked.paths or {}).get(way.tool)),
         )
 
@@ -84,10 +89,11 @@ class Child:
         report: dict[str, Any] = json.loads(self.report.read_text(encoding="utf-8")) if self.report.exists() else {}
         report |= {"run_seconds": time.monotonic() - began, "card_bytes": card.most}
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        if len(report.get("step_seconds", ())) < self.asked.steps - 1:
+        if len(report.get("step_seconds", ())) < (len(self.way.ladder) or self.asked.steps) - 1:
             report["error"] = error or "it ended before its steps were taken"
             report["last_lines"] = "\n".join(text.splitlines()[-12:])[-1500:]
-        return report | {"losses": self.way.losses(self.asked.folder, text)[: self.asked.steps]}
+        told = self.way.told(self.asked.folder, text)[: self.asked.steps]
+        return report | {"losses": [loss for loss, _ in told], "step_tokens": [tokens for _, tokens in told]}
 
     def end(self) -> None:
         """It and nothing else."""
@@ -95,6 +101,22 @@ class Child:
             self.process.kill()
         self.process.wait()
         self._out.close()
+
+
+def warmed(ways: Sequence[CudaWay], asked: Asked) -> list[subprocess.Popen[bytes]]:
+    """Processes that import what the ways' tools import, so that no way pays for a cold disk; they see no card."""
+    modules = {"trl": f"trl,{PEER_IMPORTS}", "unsloth": "unsloth,trl"}
+    (asked.folder / "warm").mkdir()
+    return [
+        subprocess.Popen(
+            ["nice", sys.executable, "-c", f"import {modules[tool]}"],
+            cwd=asked.folder / "warm",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=child_environment((asked.paths or {}).get(tool)) | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        for tool in sorted({way.tool for way in ways} & modules.keys())
+    ]
 
 
 class CardMemory:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from bench.cuda_world import Shape, lora_settings
 
 HERE = Path(__file__).parent
 LORA_IMPORTS = "torch,transformers,peft,bitsandbytes,datasets,lora_cli.train.run"
+LADDER_TOOLS: tuple[Literal["lora", "trl", "unsloth"], ...] = ("lora", "trl", "unsloth")
 PEER_IMPORTS = "torch,transformers,peft,bitsandbytes,datasets"
 
 
@@ -27,6 +29,8 @@ class CudaWay:
     checkpointing: bool
     options: tuple[str, ...] = ()
     """`key=value`: lora's settings; of the peers' program, its own."""
+    ladder: tuple[int, ...] = ()
+    """Lengths of single documents, instead of the world's rows, to see how long a one still trains."""
 
     @property
     def imports(self) -> str:
@@ -37,18 +41,21 @@ class CudaWay:
         """What `watch` runs."""
         return (_lora if self.tool == "lora" else _peer)(self, folder, shape, steps)
 
-    def losses(self, folder: Path, log: str) -> list[float]:
-        """Of its steps, as far as it came; in as many digits as it gives."""
+    def told(self, folder: Path, log: str) -> list[tuple[float, float | None]]:
+        """Loss and tokens of each step as far as it came, in as many digits as it gives; None where it counts none."""
         if self.tool == "lora":
             file = folder / "runs" / self.name / "metrics.jsonl"
             lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        else:
-            lines = [line for line in log.splitlines() if line.startswith('{"step"')]
-        return [float(row["loss"]) for row in map(json.loads, lines) if "loss" in row]
+            rows = [row for row in map(json.loads, lines) if "loss" in row]
+            return [(row["loss"], row["num_tokens"]) for row in rows]
+        rows = [json.loads(line) for line in log.splitlines() if line.startswith('{"step"')]
+        so_far = [0.0, *(row["num_tokens"] or 0.0 for row in rows)]
+        tokens = [after - before for before, after in pairwise(so_far)]
+        return [(row["loss"], count or None) for row, count in zip(rows, tokens, strict=True)]
 
 
 def _lora(way: CudaWay, folder: Path, shape: Shape, steps: int) -> list[str]:
-    settings = lora_settings(folder, shape)
+    settings = lora_settings(folder, shape, way.ladder)
     settings["train"] |= {"gradient_checkpointing": way.checkpointing, "max_steps": steps}
     if way.base == "nf4":
         settings["model"]["quantization"] = {"type": "nf4"}
@@ -63,7 +70,8 @@ def _peer(way: CudaWay, folder: Path, shape: Shape, steps: int) -> list[str]:
         "tool": way.tool,
         "base": way.base,
         "checkpointing": way.checkpointing,
-        "tokens": shape.tokens,
+        "tokens": max(way.ladder, default=shape.tokens),
+        "rows": "ladder-steps.jsonl" if way.ladder else "steps.jsonl",
         "steps": steps,
         "folder": str(folder),
         "output": str(folder / "runs" / way.name),
@@ -90,6 +98,7 @@ _TRL_Q, _TRL_Q_CKPT = _pair("trl", "TRL + Liger, packed", "nf4", "trl-qlora")
 _TRL_WRAPPED, _ = _pair("trl", "TRL + Liger, packed across documents", "bf16", "trl-wrapped", "packing=wrapped")
 _UNSLOTH, _UNSLOTH_CKPT = _pair("unsloth", "Unsloth, packed", "bf16", "unsloth")
 _UNSLOTH_Q, _UNSLOTH_Q_CKPT = _pair("unsloth", "Unsloth, packed", "nf4", "unsloth-qlora")
+_UNSLOTH_WRAPPED, _ = _pair("unsloth", "Unsloth, rows across documents", "bf16", "unsloth-wrapped", "packing=rows")
 _TRAINER = CudaWay("trainer", "transformers' Trainer + PEFT", "trainer", "bf16", False)
 
 CUDA_WAYS: Sequence[CudaWay] = (
@@ -105,12 +114,23 @@ CUDA_WAYS: Sequence[CudaWay] = (
     _QLORA_CKPT,
     _UNFUSED,
     _TRL_WRAPPED,
+    _UNSLOTH_WRAPPED,
     _TRL_Q_CKPT,
     _UNSLOTH_Q_CKPT,
     _UNFUSED_Q,
     _UNFUSED_CKPT,
     _TRAINER,
 )
+
+
+def climbers(ladder: tuple[int, ...], tools: Collection[str]) -> list[CudaWay]:
+    """A way for each tool that trains on one ever longer document, activations recomputed."""
+    says = {"lora": "lora train", "trl": "TRL + Liger", "unsloth": "Unsloth"}
+    return [
+        CudaWay(f"longest-{tool}", says[tool], tool, "bf16", True, ("packing=rows",) if tool != "lora" else (), ladder)
+        for tool in LADDER_TOOLS
+        if tool in tools
+    ]
 
 
 def chosen(names: str | None, without: Callable[[CudaWay], bool]) -> list[CudaWay]:

@@ -5,7 +5,7 @@ tokens together, and so made that any packing fills its rows to the last token. 
 finds them step by step. One word is one token. Weights are drawn on the card and copied into the safetensors files by
 several threads, because saving a model of 16 GB by the library's own means takes longer than training it does here.
 
-    python -m bench.cuda_world FOLDER tiny|8b STEPS        also measures the card's best matrix product
+    python -m bench.cuda_world FOLDER tiny|8b STEPS [LENGTH,LENGTH...]     also measures the card's best matrix product
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -101,21 +101,31 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_rows(folder: Path, shape: Shape, steps: int) -> None:
     """`data/train.jsonl` in the order of the file, `steps.jsonl` with the token ids of each step in lora's order."""
+    _write_documents(folder / "data" / "train.jsonl", folder / "steps.jsonl", [shape.documents] * steps)
+
+
+def _write_documents(rows_file: Path, steps_file: Path, lengths: Sequence[Sequence[int]]) -> None:
+    """Documents of these lengths, step by step; each step has as many."""
     from lora_cli.data.order import step_examples
 
     draw = np.random.Generator(np.random.PCG64(SEED))
-    per_step = len(shape.documents)
-    rows: list[list[int]] = [[] for _ in range(steps * per_step)]
-    with (folder / "steps.jsonl").open("w", encoding="utf-8") as file:
-        for step in range(1, steps + 1):
+    per_step = len(lengths[0])
+    rows: list[list[int]] = [[] for _ in range(len(lengths) * per_step)]
+    with steps_file.open("w", encoding="utf-8") as file:
+        for step, each in enumerate(lengths, start=1):
             places = step_examples(step, seed=SEED, count=len(rows), batch_size=per_step)
-            documents = [[*(int(n) for n in 2 + draw.integers(0, WORDS, length - 1)), 0] for length in shape.documents]
+            documents = [[*(int(n) for n in 2 + draw.integers(0, WORDS, length - 1)), 0] for length in each]
             for place, document in zip(places, documents, strict=True):
                 rows[int(place)] = document
             file.write(json.dumps(documents) + "\n")
-    with (folder / "data" / "train.jsonl").open("w", encoding="utf-8") as file:
+    with rows_file.open("w", encoding="utf-8") as file:
         for row in rows:  # the end is added by whoever tokenizes
             file.write(json.dumps({"text": " ".join(f"w{token - 2}" for token in row[:-1])}) + "\n")
+
+
+def write_ladder(folder: Path, lengths: Sequence[int]) -> None:
+    """The same for single documents that get longer from step to step: `data/ladder.jsonl`, `ladder-steps.jsonl`."""
+    _write_documents(folder / "data" / "ladder.jsonl", folder / "ladder-steps.jsonl", [(n,) for n in lengths])
 
 
 def write_model(folder: Path, shape: Shape) -> None:
@@ -214,16 +224,21 @@ def _write_shard(path: Path, shapes: Mapping[str, tuple[int, ...]], weight: Any)
             body[begin:past].view(torch.bfloat16).view(shape).copy_(weight(name, shape))
 
 
-def lora_settings(folder: Path, shape: Shape) -> dict[str, Any]:
+def lora_settings(folder: Path, shape: Shape, ladder: Sequence[int] = ()) -> dict[str, Any]:
     """lora's config as plain values; a way adds what is its own."""
+    longest = max(ladder, default=shape.tokens)
     return {
         "model": {"name_or_path": str(folder / "model"), "dtype": "bfloat16"},
         "adapter": {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"},
-        "data": {"train": str(folder / "data" / "train.jsonl"), "max_length": shape.tokens, "cache": False},
+        "data": {
+            "train": str(folder / "data" / ("ladder.jsonl" if ladder else "train.jsonl")),
+            "max_length": longest,
+            "cache": False,
+        },
         "train": {
             "num_train_epochs": 1,
-            "batch_size": len(shape.documents),
-            "micro_batch_tokens": shape.tokens,
+            "batch_size": 1 if ladder else len(shape.documents),
+            "micro_batch_tokens": longest,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
@@ -258,6 +273,8 @@ def main() -> None:
     began = time.perf_counter()
     peak = matmul_peak()
     seconds = {"peak": time.perf_counter() - began} | make_world(folder, shape, steps)
+    if len(sys.argv) > 4:
+        write_ladder(folder, [int(length) for length in sys.argv[4].split(",")])
     (folder / "made.json").write_text(json.dumps({"matmul_peak_flops": peak, "seconds": seconds}), encoding="utf-8")
 
 

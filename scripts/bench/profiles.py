@@ -78,11 +78,11 @@ def page_of(kernels: list[Kernel], steps: int, host: Iterable[str] = (), most: i
 
 def _kernels(profiler: Any, device: str) -> Iterator[Kernel]:
     for event in profiler.events():
-        on_device = event.device_type.name == "CUDA"
-        if on_device == (device == "cuda") and not event.name.startswith(("ProfilerStep", "Optimizer.step#")):
-            if device == "cpu" and event.cpu_children:  # its children are counted
-                continue
-            yield Kernel(event.name, event.time_range.start, event.time_range.end)
+        if event.is_user_annotation or (event.device_type.name == "CUDA") != (device == "cuda"):
+            continue
+        if device == "cpu" and event.cpu_children:  # its children are counted
+            continue
+        yield Kernel(event.name, event.time_range.start, event.time_range.end)
 
 
 def profile_page(profiler: Any, steps: int, device: str) -> str:

@@ -1,13 +1,14 @@
 """Run a program as it is, and note when the device ended each of its optimizer steps and how much memory it took.
 
-    python watch.py REPORT STEPS [--profile N] [--ready FILE] [--import NAME,NAME] -- PROGRAM.py ARGUMENT...
+    python watch.py REPORT STEPS [--profile N] [--each] [--ready FILE] [--import NAME,NAME] -- PROGRAM.py ARGUMENT...
     python watch.py REPORT STEPS ... -- -m MODULE ARGUMENT...
 
 PyTorch's hook behind every optimizer step leaves an event on the device's stream: nothing waits, so that the program
 runs as it would alone. After STEPS the report is written, the profiler sees N more, and with the step after that the
 process ends; nothing is saved, since what a trainer does behind its last step isn't asked for. With `--ready`, the
 modules are imported, the file is made, and a line on standard input is waited for: a process can import while the one
-before it still has the card. Knows nothing of the program.
+before it still has the card. With `--each`, the report is written behind each step, with the step's own peak of memory:
+that waits for the device. Knows nothing of the program.
 """
 
 from __future__ import annotations
@@ -29,10 +30,16 @@ BORN = time.perf_counter()
 class Watch:
     """Sees every optimizer step of this process that moves parameters on the device."""
 
-    def __init__(self, report: Path, steps: int, profiled: int, said: dict[str, Any]) -> None:
+    def __init__(self, arguments: argparse.Namespace, said: dict[str, Any]) -> None:
         import torch
 
-        self.report, self.steps, self.profiled, self.said = report, steps, profiled, said
+        self.report, self.steps, self.profiled, self.each = (
+            arguments.report,
+            arguments.steps,
+            arguments.profile,
+            arguments.each,
+        )
+        self.said = said
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.marks: list[Any] = []
         self.profiler: Any = None
@@ -52,13 +59,16 @@ class Watch:
                 self.marks[0].synchronize()
             self.said["first_step_seconds"] = time.perf_counter() - self.said.pop("began")
             self.write()
+        if self.each:
+            self._note_peak()
         if len(self.marks) == self.steps:
             self.write()
             if self.profiled:
                 self._start_profiler()
         if len(self.marks) == self.steps + self.profiled and self.profiler is not None:
             self._stop_profiler()
-        if len(self.marks) > self.steps + self.profiled:  # the loss of the last one is told by now
+        # One more, so that the loss of the last one is told; but not where a step can take minutes.
+        if len(self.marks) + self.each > self.steps + self.profiled:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
@@ -73,7 +83,7 @@ class Watch:
             memory = {
                 "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
                 "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-                "free_bytes": torch.cuda.mem_get_info()[0],
+                "total_bytes": torch.cuda.mem_get_info()[1],
             }
         else:
             took = [b - a for a, b in pairwise(self.marks)]
@@ -81,6 +91,18 @@ class Watch:
         versions = {name: getattr(sys.modules[name], "__version__", "?") for name in _VERSIONS if name in sys.modules}
         report = self.said | memory | {"step_seconds": took, "versions": versions}
         self.report.write_text(json.dumps(report), encoding="utf-8")
+
+    def _note_peak(self) -> None:
+        import torch
+
+        peaks = self.said.setdefault("step_peaks", [])
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            peaks.append([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()])
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            peaks.append([0, 0])
+        self.write()
 
     def _start_profiler(self) -> None:
         import torch
@@ -112,6 +134,7 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("steps", type=int)
     parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--each", action="store_true")
     parser.add_argument("--ready", type=Path)
     parser.add_argument("--import", dest="imports", default="")
     arguments = parser.parse_args(sys.argv[1:split])
@@ -127,7 +150,7 @@ def main() -> None:
     said["began"] = time.perf_counter()
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    register_optimizer_step_post_hook(Watch(arguments.report, arguments.steps, arguments.profile, said))
+    register_optimizer_step_post_hook(Watch(arguments, said))
     if program[0] == "-m":
         sys.argv = program[1:]
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
