@@ -132,7 +132,7 @@ class Engine:
     notes: tuple[str, ...] = ()
     """Why something runs the slower way."""
     fusion: str | None = None
-    """What runs by the fused arithmetic for a CPU: `native` (whole layers on compiled kernels), `layers`, `linears`, or
+    """What runs by the fused arithmetic: `native` (whole layers on compiled kernels), `layers`, `linears`, or
     nothing."""
 
 

@@ -150,6 +150,14 @@ def estimate(
     tflops: Annotated[
         float | None, typer.Option(metavar="N", help="TFLOP/s that the card sustains: says how long it takes.")
     ] = None,
+    expandable: Annotated[
+        bool | None,
+        typer.Option(
+            "--expandable/--no-expandable",
+            help="PyTorch's expandable_segments. From PYTORCH_ALLOC_CONF unless given.",
+            show_default=False,
+        ),
+    ] = None,
     set_: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -162,7 +170,9 @@ def estimate(
     from lora_cli.report.console import show
     from lora_cli.report.estimate import render_estimate
 
-    result = estimate_vram(settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare, tflops=tflops)
+    result = estimate_vram(
+        settings, gpu=gpu, vram_gib=vram, fit=fit, compare=compare, tflops=tflops, expandable=expandable
+    )
     if as_json:
         print_json(result.as_json())
     else:

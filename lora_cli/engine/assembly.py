@@ -10,6 +10,7 @@ from torch import nn
 from lora_cli.config import Config
 from lora_cli.engine.computation import Computation
 from lora_cli.engine.selftest import Proof
+from lora_cli.engine.target import target_of
 from lora_cli.model.adapter import attach_adapter
 from lora_cli.model.dtypes import resolve_dtype
 from lora_cli.model.weights import load_base
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
 def make_computation(config: Config, proof: Proof, device: torch.device) -> Computation:
     """How the forward pass will run, from what was proven."""
+    dtype = resolve_dtype(config.model.dtype, device)
     return Computation(
         packing=proof.packing,
         loss=proof.loss,
-        dtype=resolve_dtype(config.model.dtype, device),
+        dtype=dtype,
         attention=proof.attention,
-        fusion=proof.fusion if device.type == "cpu" else None,
+        fusion=proof.fusion_on(target_of(device), dtype, config.model.quantization),
     )
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_cli.engine.fused.documents import Attention, Documents
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -83,6 +85,9 @@ def document_attention(
     if query_1HTE.shape[2] != key_1KTE.shape[2]:
         raise UnsupportedAttention("queries and keys differ in length")
     plain = softcap is None and s_aux is None
+    if plain and query_1HTE.is_cuda and torch.is_autocast_enabled("cuda"):  # as for PyTorch's own attention
+        wanted = torch.get_autocast_dtype("cuda")
+        query_1HTE, key_1KTE, value_1KTE = (t.to(wanted) for t in (query_1HTE, key_1KTE, value_1KTE))
     if plain and query_1HTE.is_cuda and _varlen_takes(query_1HTE, value_1KTE) and not dropout:
         return _varlen(query_1HTE, key_1KTE, value_1KTE, document_lengths, cu_seq_lens_q, scaling, sliding_window), None
     rounds = _rounds(document_lengths)
@@ -184,28 +189,10 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = query_1HTE.shape[1] // key_1KTE.shape[1]
-    key_1HTE, value_1HTE = key_1KTE, value_1KTE
-    if groups > 1:
-        key_1HTE, value_1HTE = key_1KTE.repeat_interleave(groups, 1), value_1KTE.repeat_interleave(groups, 1)
-    longest = max(lengths)
-    # The window counts tokens to the left of the query, itself not included; 0 to the right is causal.
-    left = -1 if window is None else window - 1
-    output_THE = varlen_attn(
-        query_1HTE[0].transpose(0, 1).contiguous(),
-        key_1HTE[0].transpose(0, 1).contiguous(),
-        value_1HTE[0].transpose(0, 1).contiguous(),
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(left, 0),
-    )
-    if isinstance(output_THE, tuple):  # only when asked for more than the output
-        output_THE = output_THE[0]
+    scale = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
+    documents = Documents(lengths, cu_seqlens, window)
+    given = (t.squeeze(0).transpose(0, 1).contiguous() for t in (query_1HTE, key_1KTE, value_1KTE))
+    output_THE: Tensor = Attention.apply(*given, documents, scale)  # type: ignore[no-untyped-call]
     return output_THE.unsqueeze(0)
 
 

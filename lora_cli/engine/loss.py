@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_cli.engine.fused import card
 from lora_cli.engine.fused.native import kernels
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _supervised_hidden(
         use_cache=False,
         **attention,
     )
-    hidden_SM = output.last_hidden_state[0].index_select(0, batch.predictors)
+    hidden_SM = output.last_hidden_state.squeeze(0).index_select(0, batch.predictors)
     inside = {id(p) for p in backbone.parameters()}
     embeddings = model.get_output_embeddings()
     tied = list(embeddings.parameters()) if embeddings is not None else []
@@ -161,8 +162,8 @@ def _head_of(model: PreTrainedModel, backbone: nn.Module, output_type: type) -> 
 
     def head(hidden_CM: Tensor) -> Tensor:
         with _standing_still(backbone, output_type(last_hidden_state=hidden_CM[None])):
-            logits: Tensor = model(inputs_embeds=hidden_CM[None], use_cache=False).logits[0]
-        return logits
+            logits: Tensor = model(inputs_embeds=hidden_CM[None], use_cache=False).logits
+        return logits.squeeze(0)  # indexing would copy them on the way back
 
     return head
 
@@ -240,7 +241,14 @@ class _GroupLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_SM: Tensor, head: Head, targets_S: Tensor, groups_S: Tensor, count: int, rows: int, native: bool
+        ctx: Any,
+        hidden_SM: Tensor,
+        head: Head,
+        targets_S: Tensor,
+        groups_S: Tensor,
+        count: int,
+        rows: int,
+        native: bool,
     ) -> Tensor:
         sums = torch.zeros(count, dtype=torch.float32, device=hidden_SM.device)
         hidden_grads: list[Tensor] = []
@@ -263,22 +271,23 @@ class _GroupLosses(torch.autograd.Function):
         return (hidden_grad * grad[groups_S, None].to(hidden_grad.dtype), None, None, None, None, None, None)
 
 
-def _cross_entropy_and_gradient(
-    logits_CV: Tensor, targets_C: Tensor, native: bool = False
-) -> tuple[Tensor, Tensor]:
+def _cross_entropy_and_gradient(logits_CV: Tensor, targets_C: Tensor, native: bool = False) -> tuple[Tensor, Tensor]:
     """[C] cross-entropies, float32, and the gradient of their sum in the dtype of the logits: softmax minus one at the
     target.
 
-    On a CPU the gradient takes the place of the logits wherever nobody needs them any more.
+    The gradient takes the place of the logits wherever nobody needs them any more. On a card with Triton in one kernel.
     """
+    spent = _is_product(logits_CV)
     with torch.no_grad():
-        if native and _is_product(logits_CV) and logits_CV.dtype in kernels.DTYPES and logits_CV.is_contiguous():
+        if logits_CV.is_cuda and (logits_CV.is_meta or card.available()):
+            return card.cross_entropy(logits_CV.detach(), targets_C, in_place=spent)
+        if native and spent and logits_CV.dtype in kernels.DTYPES and logits_CV.is_contiguous():
             grad_CV = logits_CV.detach()
             return kernels.cross_entropy(grad_CV, targets_C), grad_CV
         values_CV = logits_CV.detach().float()
         target_C1 = targets_C[:, None]
         largest_C1, wanted_C1 = values_CV.amax(-1, keepdim=True), values_CV.gather(-1, target_C1)
-        ours = values_CV.device.type == "cpu" and (values_CV.dtype != logits_CV.dtype or _is_product(logits_CV))
+        ours = values_CV.device.type == "cpu" and (values_CV.dtype != logits_CV.dtype or spent)
         grad_CV = torch.softmax(values_CV, -1, out=values_CV) if ours else torch.softmax(values_CV, -1)
         # The largest probability is 1 / sum(exp(x - largest)): the logarithm of the sum, without a pass of its own.
         log_sum_C1 = largest_C1 - grad_CV.amax(-1, keepdim=True).log()
@@ -295,7 +304,7 @@ def _is_product(logits: Tensor) -> bool:
     return node is not None and type(node).__name__ in ("MmBackward0", "AddmmBackward0")
 
 
-_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "SelectBackward0", "SliceBackward0"})
+_VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "SqueezeBackward1", "SelectBackward0", "SliceBackward0"})
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lora_cli.data.examples import Examples
 from lora_cli.data.loading import load_examples
 from lora_cli.data.order import steps_per_epoch
 from lora_cli.data.preview import Preview, packed, preview_examples
+from lora_cli.engine.assembly import make_computation
 from lora_cli.engine.memory.context import context_bytes
 from lora_cli.engine.memory.settling import UNASKED_TOKENS, Settled, settle_memory
 from lora_cli.engine.optimizers import warmup_steps
@@ -157,7 +158,7 @@ def prepare(
             gradient_checkpointing=bool(resolved.train.gradient_checkpointing),
             dropout=largest_dropout(model),
             notes=proof.notes,
-            fusion=proof.fusion if device.type == "cpu" else None,
+            fusion=make_computation(resolved, proof, device).fusion,
         ),
         memory=settled.memory,
         writes=planned_writes(resolved, parameters.trainable, steps),

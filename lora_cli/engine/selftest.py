@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.config import AdapterConfig, Config
+from lora_cli.config import AdapterConfig, Config, QuantizationConfig
 from lora_cli.engine import attention, loss
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
-from lora_cli.engine.fused.fitting import Fusion, fuse
+from lora_cli.engine.fused.fitting import Fusion, fits_target, fuse
 from lora_cli.engine.fused.native import kernels
 from lora_cli.engine.fused.native.proof import Sizes, holds
 from lora_cli.engine.miniature import NoMiniature, miniature
+from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter
 from lora_cli.model.dtypes import resolve_dtype
@@ -62,7 +63,13 @@ class Proof:
     loss_error: float
     """Relative difference between the chunked loss and transformers' own, or between their gradients."""
     fusion: Fusion | None = None
-    """What the fused arithmetic for a CPU fits, and whether on compiled kernels."""
+    """What the fused arithmetic fits, and whether on compiled kernels; `fusion_on` says where it runs."""
+
+    def fusion_on(self, target: Target, dtype: torch.dtype, quantization: QuantizationConfig | None) -> Fusion | None:
+        """What of it runs in this dtype on a CPU or card."""
+        if not fits_target(target, dtype, quantization):
+            return None
+        return "layers" if self.fusion == "native" and target.kind != "cpu" else self.fusion
 
 
 def prove(
@@ -96,13 +103,13 @@ def prove(
 
 def prove_run(config: Config, architecture: PretrainedConfig, device: torch.device | None = None) -> Proof:
     """`prove` with what a config says of adapter, attention and loss, for training on `device`, where there is one."""
-    on_cpu = device is not None and device.type == "cpu"
+    on_cpu = device is not None and device.type == "cpu" and config.model.quantization is None
     return prove(
         architecture,
         config.adapter,
         attn_implementation=config.model.attn_implementation,
         wanted_loss=config.train.loss,
-        fused=config.train.fused and config.model.quantization is None,  # the copy that proves it isn't quantized
+        fused=config.train.fused,
         native=resolve_dtype(config.model.dtype, device) if device is not None and on_cpu else None,
     )
 

@@ -31,3 +31,10 @@ class Target:
 
 
 CPU = Target("cpu")
+
+
+def target_of(device: torch.device) -> Target:
+    """The device at hand."""
+    import torch
+
+    return Target("cuda", torch.cuda.get_device_capability(device)) if device.type == "cuda" else CPU

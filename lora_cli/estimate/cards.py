@@ -1,8 +1,9 @@
 """The cards that people rent or own: how much memory PyTorch sees on each, and its architecture.
 
-The figures are meant to be those that PyTorch reports as total capacity, some hundred MiB under the marketing figure;
-drivers and ECC move them a little. They come from public reports and none has been measured by this project:
-`torch.cuda.mem_get_info` tells the truth of a card at hand, and `train` asks it.
+PyTorch sees less than nvidia-smi, by what the driver keeps: an H100 has 81,559 MiB there (modal-labs/modal-client#2797)
+and 79.11 GiB here. The figures are those of PyTorch's own errors, "GPU 0 has a total capacity of ... GiB", the lowest
+that were found; drivers and ECC move them a little. None has been measured by this project: `torch.cuda.mem_get_info`
+tells the truth of a card at hand, and `train` asks it.
 """
 
 from __future__ import annotations
@@ -22,38 +23,38 @@ class Card:
     gib: float
     """Memory that PyTorch sees."""
     capability: tuple[int, int]
+    source: str = ""
+    """Who says so: an issue on GitHub, or `logs`, where public logs and notes name the card beside the figure and a
+    search of GitHub's code finds them. Empty: common on cards of this size, and no report names this one."""
 
     @property
     def memory_bytes(self) -> int:
         return int(self.gib * GIB)
 
 
-CARDS = tuple(
-    Card(name, gib, capability)
-    for name, gib, capability in (
-        ("rtx-4060-8gb", 7.63, (8, 9)),
-        ("rtx-3080-10gb", 9.77, (8, 6)),
-        ("rtx-2080-ti-11gb", 10.75, (7, 5)),
-        ("rtx-3060-12gb", 11.76, (8, 6)),
-        ("rtx-4070-12gb", 11.72, (8, 9)),
-        ("t4-16gb", 14.56, (7, 5)),
-        ("v100-16gb", 15.77, (7, 0)),
-        ("rtx-4080-16gb", 15.70, (8, 9)),
-        ("rtx-5080-16gb", 15.47, (12, 0)),
-        ("a10g-24gb", 22.06, (8, 6)),
-        ("l4-24gb", 22.03, (8, 9)),
-        ("rtx-3090-24gb", 23.56, (8, 6)),
-        ("rtx-4090-24gb", 23.53, (8, 9)),
-        ("rtx-5090-32gb", 31.36, (12, 0)),
-        ("v100-32gb", 31.73, (7, 0)),
-        ("a100-40gb", 39.38, (8, 0)),
-        ("l40s-48gb", 44.39, (8, 9)),
-        ("a6000-48gb", 47.41, (8, 6)),
-        ("a100-80gb", 79.14, (8, 0)),
-        ("h100-80gb", 79.10, (9, 0)),
-        ("h200-141gb", 139.72, (9, 0)),
-        ("b200-180gb", 178.35, (10, 0)),
-    )
+CARDS = (
+    Card("rtx-4060-8gb", 7.60, (8, 9)),
+    Card("rtx-3080-10gb", 9.62, (8, 6), "logs"),
+    Card("rtx-2080-ti-11gb", 10.56, (7, 5)),
+    Card("rtx-3060-12gb", 11.63, (8, 6), "logs"),
+    Card("rtx-4070-12gb", 11.62, (8, 9)),
+    Card("t4-16gb", 14.56, (7, 5), "Zheng-Chong/CatVTON#133"),
+    Card("v100-16gb", 15.77, (7, 0)),
+    Card("rtx-4080-16gb", 15.57, (8, 9)),
+    Card("rtx-5080-16gb", 15.45, (12, 0)),
+    Card("a10g-24gb", 22.06, (8, 6), "logs, of an A10"),
+    Card("l4-24gb", 22.03, (8, 9), "logs"),
+    Card("rtx-3090-24gb", 23.56, (8, 6), "logs"),
+    Card("rtx-4090-24gb", 23.52, (8, 9), "logs"),
+    Card("rtx-5090-32gb", 31.34, (12, 0), "logs"),
+    Card("v100-32gb", 31.73, (7, 0), "logs"),
+    Card("a100-40gb", 39.38, (8, 0), "TianheWu/CoSeR#10, 39.50 there"),
+    Card("l40s-48gb", 44.39, (8, 9), "logs"),
+    Card("a6000-48gb", 47.40, (8, 6)),
+    Card("a100-80gb", 79.14, (8, 0), "vllm-project/vllm#4408, 79.15 there"),
+    Card("h100-80gb", 79.11, (9, 0), "vllm-project/vllm#27508"),
+    Card("h200-141gb", 139.80, (9, 0), "logs"),
+    Card("b200-180gb", 178.35, (10, 0), "logs"),
 )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_cli.config import Config
 from lora_cli.errors import ModelError, UserError
-from lora_cli.estimate.cards import CARDS, GIB, Card, find_card
-from lora_cli.report.estimated import CardVerdict, Change, Compared, Estimate, Verdict
+from lora_cli.estimate.cards import CARDS, Card, find_card
+from lora_cli.report.estimated import CardVerdict, Estimate, Verdict
 from lora_cli.report.events import Emit, Working, ignore
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def estimate_vram(
     compare: bool = False,
     tflops: float | None = None,
     judge_others: bool = True,
+    expandable: bool | None = None,
     emit: Emit = ignore,
 ) -> Estimate:
     """Peak memory of the run that `config` describes, from its model's config.json alone.
@@ -52,6 +54,7 @@ def estimate_vram(
         compare: LoRA, QLoRA and full fine-tuning side by side.
         tflops: 10^12 operations that the card sustains in a second, to say how long a million tokens take.
         judge_others: a verdict for every card of the catalogue.
+        expandable: PyTorch's allocator under `expandable_segments`; None is what this environment asks PyTorch for.
 
     Raises:
         UserError: an unknown card, a model that can't be read or that can't be traced.
@@ -62,15 +65,18 @@ def estimate_vram(
     if fit and card is None:
         raise UserError("--fit needs a card to fit", remedy="Add --gpu rtx-4090, or --vram 24.")
     emit(Working("reading the model's config"))
+    from lora_cli.engine.memory.expandable import asked_for
     from lora_cli.engine.memory.need import Rehearsals
     from lora_cli.engine.selftest import prove_run
     from lora_cli.estimate.comparison import compare_methods
+    from lora_cli.estimate.description import describe
     from lora_cli.estimate.fitting import changes_that_fit
 
     config, architecture = _ready(config)
     emit(Working("proving packing and loss"))
     proof = prove_run(config, architecture)
-    question = Question(config, Rehearsals(architecture, proof), card)
+    expandable = asked_for(os.environ) if expandable is None else expandable
+    question = Question(config, Rehearsals(architecture, proof, expandable=expandable), card)
     emit(Working("rehearsing two steps"))
     need, largest = _need(question)
     verdict = None if card is None else judge(need, card)
@@ -99,7 +105,7 @@ def asked_card(gpu: str | None, vram_gib: float | None) -> Card | None:
     if vram_gib is not None:
         if not 0 < vram_gib < math.inf:
             raise UserError(f"--vram {vram_gib:g} is not an amount of memory")
-        return Card(f"a card of {vram_gib:g} GiB", vram_gib, (8, 0))
+        return Card(f"a card of {vram_gib:g} GiB", vram_gib, (8, 0), "--vram")
     return None
 
 
@@ -166,53 +172,6 @@ def _like_ampere(card: Card) -> Target:
     return Target("cuda", max(card.capability, (8, 0)))
 
 
-def describe(
-    need: Need,
-    card: Card | None,
-    verdict: Verdict | None,
-    *,
-    cards: tuple[CardVerdict, ...],
-    changes: tuple[Change, ...],
-    largest: int | None,
-    compared: tuple[Compared, ...],
-    notes: tuple[str, ...],
-    tflops: float | None = None,
-) -> Estimate:
-    """The estimate of a need."""
-    from lora_cli.engine.memory.need import MARGIN
-
-    replayed = need.replayed
-    parts = dict(replayed.components)
-    rounding = parts.pop("rounding", 0)
-    process_bytes = need.process_bytes if card is None else need.process_bytes_on(card.memory_bytes)
-    parts["fragmentation"] = process_bytes - need.context_bytes - replayed.peak_allocated_bytes + rounding
-    parts["context"] = need.context_bytes
-    moment = replayed.moment
-    return Estimate(
-        peak_allocated_bytes=replayed.peak_allocated_bytes,
-        peak_reserved_bytes=replayed.peak_reserved_bytes,
-        process_bytes=process_bytes,
-        error_bytes=int(MARGIN * replayed.peak_reserved_bytes),
-        components={name: size for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size > 0},
-        moment=", ".join(part for part in (moment.phase, _layer(moment.place)) if part),
-        phases=replayed.phases,
-        micro_batch_tokens=need.shape.num_tokens,
-        document_lengths=need.shape.document_lengths,
-        gradient_checkpointing=bool(need.config.train.gradient_checkpointing),
-        card=None if card is None else card.name,
-        card_bytes=None if card is None else card.memory_bytes,
-        verdict=verdict,
-        base_bytes=need.base_bytes,
-        cards=cards,
-        changes=changes,
-        largest_micro_batch_tokens=largest,
-        compared=compared,
-        assumptions=(*_assumptions(need, card), *notes),
-        flops_per_token=need.flops_per_token,
-        tflops=tflops,
-    )
-
-
 def _need(question: Question) -> tuple[Need, int | None]:
     """The need that the figures are for, and the largest micro-batch where choosing found it."""
     from lora_cli.engine.memory.choice import choose
@@ -262,29 +221,3 @@ def _ready(config: Config) -> tuple[Config, PretrainedConfig]:
             remedy="It takes about as much as nf4 and one byte per weight more; set model.quantization: {type: nf4}.",
         )
     return config, architecture
-
-
-def _assumptions(need: Need, card: Card | None) -> list[str]:
-    from lora_cli.engine.memory.context import context_measured
-    from lora_cli.engine.memory.need import MARGIN
-
-    train, longest = need.config.train, max(need.shape.document_lengths)
-    checkpointing = "with" if train.gradient_checkpointing else "without"
-    lines = [
-        f"micro-batches of {need.shape.num_tokens:,} tokens {checkpointing} gradient checkpointing",
-        f"the worst case: full micro-batches of examples of {longest:,} tokens, every token supervised",
-        "one process alone on the card",
-    ]
-    if card is not None:
-        lines.append(f"{MARGIN:.0%} of what is reserved is kept free")
-    if card is None:
-        lines.append("an Ampere card or newer, in bfloat16")
-    if not context_measured(need.target):
-        lines.append(f"{need.context_bytes / GIB:.1f} GiB for CUDA's context, not measured on this architecture")
-    if train.optim.startswith("paged_"):
-        lines.append("the paged optimizer's state can leave the card, and is not counted")
-    return lines
-
-
-def _layer(place: str) -> str:
-    return place.removeprefix("base_model.model.")

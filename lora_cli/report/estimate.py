@@ -9,6 +9,7 @@ from lora_cli.report.estimated import Estimate
 from lora_cli.report.layout import INDENT, labelled, page_width
 
 BAR_WIDTH = 20
+EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 
 
 def render_estimate(estimate: Estimate, width: int | None = None) -> str:
@@ -83,6 +84,14 @@ def _changes(estimate: Estimate, width: int) -> list[str]:
     """What would make it fit; the last change holds those before it."""
     if estimate.verdict in (None, "yes"):
         return []
+    if estimate.expandable_fits and not estimate.expandable and estimate.expandable_process_bytes is not None:
+        needs = numbers.gib(estimate.expandable_process_bytes)
+        lines = labelled("fits with", f"{EXPANDABLE} in the environment of `lora train`: {needs}", width)
+        return lines + _smaller(estimate, width)
+    return _smaller(estimate, width)
+
+
+def _smaller(estimate: Estimate, width: int) -> list[str]:
     if not estimate.changes or not estimate.changes[-1].fits:
         return labelled("smaller", "nothing in the config makes it fit this card", width)
     last = estimate.changes[-1]

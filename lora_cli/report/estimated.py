@@ -88,6 +88,12 @@ class Estimate:
     """Operations of products and attention to train on one token, recomputed layers included."""
     tflops: float | None = None
     """10^12 operations a second that the card is said to sustain."""
+    expandable: bool = False
+    """The figures are those under PyTorch's `expandable_segments`."""
+    expandable_process_bytes: int | None = None
+    """What the process takes under it, on a card that is large enough."""
+    expandable_fits: bool | None = None
+    """Whether it fits under it, for the card that was asked about."""
 
     @property
     def seconds_per_million_tokens(self) -> float | None:

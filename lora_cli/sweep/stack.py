@@ -9,14 +9,15 @@ A member's adapter is PEFT's own, made as `lora train` makes it. While it isn't 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_cli.engine.fused.fitting import is_fused_layer, layer_of, plain_call
 from lora_cli.engine.fused.layer import DecoderLayer
@@ -108,7 +109,7 @@ class Stack:
         modules = {name: self.base.get_submodule(name) for name in self._layers}
         own = {name: module.forward for name, module in modules.items()}
         for name, module in modules.items():
-            module.forward = partial(self._run_layer, module, self._layers[name], own[name])
+            module.forward = partial(self._run_layer, module, self._layers[name], cast("partial[Any]", own[name]))
         try:
             yield self.base
         finally:
@@ -120,7 +121,7 @@ class Stack:
         self,
         module: nn.Module,
         layers: Sequence[DecoderLayer],
-        own: Callable[..., Any],
+        own: partial[Any],
         hidden_1TM: Tensor,
         *args: Any,
         **kwargs: Any,
@@ -133,9 +134,11 @@ class Stack:
         for member, tokens in self.seats:
             stretches.append((slice(start, start + tokens), layers[member]))
             start += tokens
-        cos, sin, lengths = call
+        given = (hidden_1TM.squeeze(0), stretches, *call)
         with torch.autocast(hidden_1TM.device.type, enabled=False):
-            return run_layer(hidden_1TM[0], stretches, cos, sin, lengths).unsqueeze(0)
+            if own.keywords["recompute"]:
+                return checkpoint(run_layer, *given, use_reentrant=False).unsqueeze(0)
+            return run_layer(*given).unsqueeze(0)
 
     @contextmanager
     def seated(self, member: int) -> Iterator[PeftModel]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def measured():
     script = ROOT / "scripts" / "measure_memory.py"
-    subprocess.run([sys.executable, str(script)], check=True)
+    subprocess.run([sys.executable, str(script)], check=False)  # its exit code says what the tests say better
     newest = max((ROOT / "docs" / "measurements").glob("memory-*.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(newest.read_text(encoding="utf-8"))
 
@@ -30,6 +30,7 @@ def errors(measured, name):
 
 
 def test_every_case_ran(measured):
+    assert not measured["left_out"]
     failed = {row["id"]: row["measured"]["error"] for row in measured["rows"] if "error" in row["measured"]}
     assert not failed
     assert len(measured["rows"]) >= 40

@@ -47,8 +47,9 @@ def test_float32_losses_fall_as_the_plan_says(world):
 
 @pytest.mark.parametrize("setting", ["model.dtype=bfloat16", "model.dtype=float16"])
 def test_16_bits_stay_near_float32(world, setting):
-    _, exact = run(world, f"exact-{setting[-4:]}", "model.dtype=float32")
-    _, losses = run(world, setting[-8:], setting)
+    name = setting.partition("=")[2]
+    _, exact = run(world, f"beside-{name}", "model.dtype=float32")
+    _, losses = run(world, name, setting)
     assert losses == pytest.approx(exact, rel=0.02)
 
 

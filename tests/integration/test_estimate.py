@@ -167,3 +167,29 @@ def test_tflops_say_how_long_a_million_tokens_take(config: Path, capfd: pytest.C
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 128 * 64
     assert printed["flops_per_token"] > 6 * weights  # forward, recomputed, and back to the inputs
     assert printed["seconds_per_million_tokens"] == pytest.approx(printed["flops_per_token"] * 1e6 / 2e12)
+
+
+def test_expandable_segments_come_from_the_environment_unless_said(
+    config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def printed(*arguments: str) -> dict[str, object]:
+        large = (
+            "train.micro_batch_tokens=21000",
+            "train.batch_size=64",
+            "train.gradient_checkpointing=false",
+            "data.max_length=700",
+        )
+        heavy = [part for setting in large for part in ("--set", setting)]
+        assert lora("estimate-vram", str(config), "--json", *heavy, *arguments) == 0
+        found: dict[str, object] = json.loads(capfd.readouterr().out)
+        return found
+
+    fixed, expandable = printed(), printed("--expandable")
+    assert (fixed["expandable"], expandable["expandable"]) == (False, True)
+    assert expandable["peak_allocated_bytes"] <= fixed["peak_allocated_bytes"]  # blocks are split more finely
+    assert expandable["peak_reserved_bytes"] < fixed["peak_reserved_bytes"]
+    assert expandable["process_bytes"] == fixed["expandable_process_bytes"]
+    assert any("expandable" in str(line) for line in expandable["assumptions"])
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert printed() == expandable
+    assert printed("--no-expandable") == fixed

@@ -1,6 +1,7 @@
 """Causal attention within each document, there and back, on rows of tokens [T, heads, head size].
 
-Documents of about one length are taken together, each padded at its end to the longest of them: under causal attention
+On a CUDA card in 16 bits all of them are one call of PyTorch's variable-length flash kernel. On a CPU documents of
+about one length are taken together, each padded at its end to the longest of them: under causal attention
 no token sees what comes after it, so that padding changes nothing, and a few large operations take the place of
 hundreds of small ones. PyTorch's flash kernel for the CPU does the rest, and takes grouped heads as they are. 16 bits
 are computed in float32, because that kernel is several times slower in bfloat16 on its way back.
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Where documents lie in a row."""
+
+    lengths: tuple[int, ...]
+    starts: Tensor | None = None
+    """[documents + 1], int32, where each begins and the last one ends: for a card."""
+    window: int | None = None
+    """How many tokens back, itself included, a token sees: on a card alone."""
+
 
 SHORTEST = 0.85
 """Of a group's longest document: shorter ones begin another group."""
@@ -66,10 +80,16 @@ def layout(lengths: tuple[int, ...]) -> Layout:
 
 
 def attend(
-    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, lengths: Sequence[int], scale: float
+    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, documents: Documents, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
     """[T, H, E], and what `attend_back` needs."""
-    plan = layout(tuple(lengths))
+    if query_THE.is_cuda:
+        given = (query_THE, key_TKE, value_TKE)
+        out, log_sums, seed, unused, _ = aten._flash_attention_forward(
+            *given, *_on_card(documents), False, scale=scale, **_window(documents)
+        )
+        return out, [*given, log_sums, seed, unused]
+    plan = layout(documents.lengths)
     gather = _on(query_THE.device, plan.gather)
     inputs = [t.index_select(0, gather).float() for t in (query_THE, key_TKE, value_TKE)]
     out_PHE = torch.empty_like(inputs[0])
@@ -83,10 +103,17 @@ def attend(
 
 
 def attend_back(
-    grad_THE: Tensor, out_THE: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], scale: float
+    grad_THE: Tensor, out_THE: Tensor, kept: Sequence[Tensor], documents: Documents, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from those of `attend`'s output, that output and what it kept."""
-    plan = layout(tuple(lengths))
+    if grad_THE.is_cuda:
+        *given, log_sums, seed, unused = kept
+        about = (*_on_card(documents), seed, unused)
+        found = aten._flash_attention_backward(
+            grad_THE, *given, out_THE, log_sums, *about, scale=scale, **_window(documents)
+        )
+        return found[0], found[1], found[2]
+    plan = layout(documents.lengths)
     gather, back = _on(grad_THE.device, plan.gather), _on(grad_THE.device, plan.back)
     grad_PHE, out_PHE = (t.index_select(0, gather).float() for t in (grad_THE, out_THE))
     if len(plan.padding):
@@ -100,6 +127,35 @@ def attend_back(
             place.copy_(result.transpose(1, 2))
     dq, dk, dv = (t.to(grad_THE.dtype).index_select(0, back) for t in fresh)
     return dq, dk, dv
+
+
+class Attention(torch.autograd.Function):
+    """`attend` as one autograd node, for a model's own layers on a card."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
+        out, kept = attend(query, key, value, documents, scale)
+        ctx.documents, ctx.scale = documents, scale
+        ctx.save_for_backward(out, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, *kept = ctx.saved_tensors
+        return (*attend_back(grad.contiguous(), out, kept, ctx.documents, ctx.scale), None, None)
+
+
+def _on_card(documents: Documents) -> tuple[Any, ...]:
+    """Where queries and keys begin, the longest of each, no dropout, and whether the mask is causal: as both ways take
+    them."""
+    assert documents.starts is not None
+    longest = max(documents.lengths)
+    return documents.starts, documents.starts, longest, longest, 0.0, documents.window is None
+
+
+def _window(documents: Documents) -> dict[str, int]:
+    """The kernel counts tokens to the left of the query, itself not included; 0 to the right is causal."""
+    return {} if documents.window is None else {"window_size_left": documents.window - 1, "window_size_right": 0}
 
 
 def _on(device: torch.device, indices: NDArray[np.int64]) -> Tensor:

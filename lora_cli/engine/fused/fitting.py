@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
+from lora_cli.engine.fused import card
+from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.gated import GatedBlock
 from lora_cli.engine.fused.layer import DecoderLayer, FusedLayer, Norm
 from lora_cli.engine.fused.linear import Adapted, LoraLinear
@@ -22,7 +24,11 @@ from lora_cli.engine.fused.native.layer import NativeLayer, takes
 from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
 
 if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
     from peft.tuners.lora.layer import Linear as PeftLinear
+
+    from lora_cli.config import QuantizationConfig
+    from lora_cli.engine.target import Target
 
 Fusion = Literal["native", "layers", "linears"]
 """`layers`: whole decoder layers, and adapted linear layers outside of them. `native`: the same on compiled kernels.
@@ -30,7 +36,9 @@ Fusion = Literal["native", "layers", "linears"]
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": card.DTYPES}
+_PEFT_4BIT = ("Linear4bit", "peft.tuners.lora.bnb")
+_LINEAR_4BIT = ("Linear4bit", "bitsandbytes.nn.modules")
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -40,7 +48,9 @@ def fuse(model: nn.Module, fusion: Fusion | None) -> int:
     0 with `layers` and `native` when no whole layer fits, whatever its linear layers do.
     """
     for module in model.modules():
-        if _is_ours(module):
+        if is_fused_layer(module):
+            _hand_back(module)
+        elif _is_ours(module):
             del module.forward
     if fusion is None:
         return 0
@@ -50,7 +60,8 @@ def fuse(model: nn.Module, fusion: Fusion | None) -> int:
     if fusion != "linears":
         for module in model.modules():
             if layer_of(module) is not None:
-                _replace(module, _native_forward if fusion == "native" else _layer_forward)
+                forward = _native_forward if fusion == "native" else _layer_forward
+                _replace(module, forward, recompute=_take_over(module))
                 within.update(id(inner) for inner in module.modules())
                 fitted += 1
         if not fitted:
@@ -62,14 +73,26 @@ def fuse(model: nn.Module, fusion: Fusion | None) -> int:
     return fitted
 
 
-def plain_lora(module: nn.Module) -> PeftLinear | None:
-    """The module as PEFT's plain LoRA around a frozen `nn.Linear`, with one adapter in use; None for anything else.
+def fits_target(target: Target, dtype: torch.dtype, quantization: QuantizationConfig | None) -> bool:
+    """Whether the arithmetic runs in this dtype on a CPU or card, and pays there.
 
-    DoRA and other variants, dropout, a trained bias, quantized bases, Conv1D: PEFT's own code runs them.
+    On a card with Triton from Ampere on, in 16 bits, whose attention kernel it needs; on a CPU, whose products make no
+    use of 4 bits, not on quantized weights.
     """
-    from peft.tuners.lora.layer import Linear as PeftLinear
+    if dtype not in _DTYPES[target.kind]:
+        return False
+    if target.kind == "cpu":
+        return quantization is None
+    here = torch.cuda.is_available()  # where it isn't, this is about another machine
+    return target.capability >= (8, 0) and (card.available() or not here)
 
-    if type(module) is not PeftLinear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
+
+def plain_lora(module: nn.Module) -> PeftLinear | None:
+    """The module as PEFT's plain LoRA around a frozen linear layer, with one adapter in use; None for anything else.
+
+    DoRA and other variants, dropout, a trained bias, 8-bit bases, Conv1D: PEFT's own code runs them.
+    """
+    if not _is_lora(module) or not _is_linear(module.base_layer) or module.fan_in_fan_out:
         return None
     if len(module.lora_A) != 1 or len(module.active_adapters) != 1 or module.active_adapters[0] not in module.lora_A:
         return None
@@ -92,10 +115,29 @@ def _adapted(module: nn.Module) -> Adapted | None:
         name = lora.active_adapters[0]
         base = cast(nn.Linear, lora.base_layer)
         a, b = cast(nn.Linear, lora.lora_A[name]), cast(nn.Linear, lora.lora_B[name])
-        return Adapted(base.weight, base.bias, a.weight, b.weight, float(lora.scaling[name]))
-    if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
-        return Adapted(module.weight, module.bias, None, None)
+        return Adapted(base.weight, base.bias, a.weight, b.weight, float(lora.scaling[name]), _state(base))
+    if _is_linear(module) and not any(p.requires_grad for p in module.parameters()):
+        return Adapted(module.weight, module.bias, None, None, state=_state(module))
     return None
+
+
+def _is_lora(module: nn.Module) -> TypeGuard[PeftLinear]:
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    return type(module) is PeftLinear or (type(module).__name__, type(module).__module__) == _PEFT_4BIT
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """PyTorch's, or bitsandbytes' for 4 bits with its weight quantized; by name, so that it needn't be there."""
+    if type(module) is nn.Linear:
+        return True
+    return (type(module).__name__, type(module).__module__) == _LINEAR_4BIT and _state(module) is not None
+
+
+def _state(linear: nn.Module) -> QuantState | None:
+    """bitsandbytes' account of the layer's weight, if it is packed."""
+    found: QuantState | None = vars(cast(nn.Linear, linear).weight).get("quant_state")
+    return found
 
 
 def layer_of(module: nn.Module) -> DecoderLayer | None:
@@ -147,30 +189,58 @@ def _activation(module: nn.Module) -> Activation | None:
     return GELU_TANH if isinstance(module, GELUTanh) else None
 
 
-def _layer_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _layer_forward(
+    module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, recompute: bool, **kwargs: Any
+) -> Any:
     layer = layer_of(module)
     call = None if layer is None else plain_call(module, layer, hidden_states, args, kwargs)
     if layer is None or call is None:
+        if recompute and module.training:
+            return cast(Any, module)._gradient_checkpointing_func(partial(own, **kwargs), hidden_states, *args)
         return own(hidden_states, *args, **kwargs)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        out: Tensor = FusedLayer.apply(hidden_states[0], layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
+        out: Tensor = FusedLayer.apply(hidden_states.squeeze(0), layer, *call, recompute, *layer.trained)  # type: ignore[no-untyped-call]
     return out.unsqueeze(0)
 
 
-def _native_forward(module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _native_forward(
+    module: nn.Module, own: Callable[..., Any], hidden_states: Tensor, *args: Any, recompute: bool, **kwargs: Any
+) -> Any:
     layer = layer_of(module)
     call = None if layer is None else plain_call(module, layer, hidden_states, args, kwargs)
-    if layer is None or call is None or not takes(layer, call[2]):
-        return _layer_forward(module, own, hidden_states, *args, **kwargs)
+    if layer is None or call is None or not takes(layer, hidden_states, call[2].lengths):
+        return _layer_forward(module, own, hidden_states, *args, recompute=recompute, **kwargs)
+    run = partial(_run_native, layer=layer, call=call)
+    return cast(Any, module)._gradient_checkpointing_func(run, hidden_states) if recompute else run(hidden_states)
+
+
+def _run_native(hidden_1TM: Tensor, *, layer: DecoderLayer, call: tuple[Tensor, Tensor, Documents]) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = NativeLayer.apply(hidden_states[0], layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
+        out: Tensor = NativeLayer.apply(hidden_1TM.squeeze(0), layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
     return out.unsqueeze(0)
+
+
+def _take_over(module: nn.Module) -> bool:
+    """Keep transformers from checkpointing the layer, which checkpoints itself; whether it has to.
+
+    Some releases do it around `forward`, which is replaced, others around the call: left to them, a layer would be
+    recomputed never or twice.
+    """
+    asked = bool(vars(module).get("gradient_checkpointing"))
+    if asked:
+        vars(module)["gradient_checkpointing"] = False
+    return asked
+
+
+def _hand_back(module: nn.Module) -> None:
+    if module.__dict__.pop("forward").keywords["recompute"]:
+        vars(module)["gradient_checkpointing"] = True
 
 
 def plain_call(
     module: nn.Module, layer: DecoderLayer, hidden_1TM: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
-    """cos, sin [T, E] and the documents' lengths of a training call; None when it asks for more than is fused."""
+) -> tuple[Tensor, Tensor, Documents] | None:
+    """cos, sin [T, E] and the documents of a training call; None when it asks for more than is fused."""
     lengths, positions = kwargs.get("document_lengths"), kwargs.get("position_embeddings")
     plain = not args and kwargs.get("past_key_values") is None and kwargs.get("attention_mask") is None
     if not (plain and lengths and positions and torch.is_grad_enabled() and module.training):
@@ -178,13 +248,13 @@ def plain_call(
     cos, sin = positions
     if not _takes(layer, hidden_1TM, cos) or _window(module) < max(lengths):
         return None
-    return cos[0], sin[0], lengths
+    return cos[0], sin[0], Documents(lengths, kwargs.get("cu_seq_lens_q"))
 
 
 def _takes(layer: DecoderLayer, hidden_1TM: Tensor, cos_1TE: Tensor) -> bool:
     """Whether everything has one dtype that is multiplied here, and positions turn the whole of each head."""
-    dtypes = {linear.weight.dtype for linear in layer.linears} | {hidden_1TM.dtype}
-    fits = len(dtypes) == 1 and hidden_1TM.dtype in _DTYPES
+    dtypes = {linear.dtype for linear in layer.linears} | {hidden_1TM.dtype, cos_1TE.dtype}
+    fits = len(dtypes) == 1 and hidden_1TM.dtype in _DTYPES[hidden_1TM.device.type]
     return fits and hidden_1TM.shape[0] == 1 and cos_1TE.shape[-1] == layer.head_size
 
 
@@ -201,14 +271,15 @@ def _window(module: nn.Module) -> float:
 def _linear_forward(module: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     plain = torch.is_grad_enabled() and module.training and not args and not kwargs
     layer = _adapted(module) if plain else None
-    if layer is None or layer.a is None or x.dtype != layer.weight.dtype or x.dtype not in _DTYPES:
+    if layer is None or layer.a is None or x.dtype != layer.dtype or x.dtype not in _DTYPES[x.device.type]:
         return own(x, *args, **kwargs)
     with torch.autocast(x.device.type, enabled=False):
         return LoraLinear.apply(x, layer, *layer.trained)  # type: ignore[no-untyped-call]
 
 
-def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = partial(forward, module, module.forward)  # a partial, so that a copied model calls its own parts
+def _replace(module: nn.Module, forward: Callable[..., Any], **settings: Any) -> None:
+    # A partial, so that a copied model calls its own parts.
+    module.forward = partial(forward, module, module.forward, **settings)
 
 
 def is_fused_layer(module: nn.Module) -> bool:

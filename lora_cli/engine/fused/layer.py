@@ -1,7 +1,9 @@
 """A whole decoder layer of Llama's kind as one autograd node: norm, attention by document, norm, gated block.
 
 Frozen weights get no gradient, the first trained layer gives none to its input, residuals are summed in place, and
-normed inputs are made anew on the way back instead of being kept.
+normed inputs are made anew on the way back instead of being kept. Under gradient checkpointing the layer keeps its
+input alone, and makes the rest anew but for the last product, which the way back has no use for: a quarter of a
+layer's products.
 
 Dimension names: T tokens, M model width, H query heads, K key heads, E head size.
 """
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lora_cli.engine.fused import documents, gated
+from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.gated import GatedBlock
-from lora_cli.engine.fused.linear import Adapted, Gradients, Joined
-from lora_cli.engine.fused.pointwise import rms_norm, rms_norm_back, rms_scale, rotate
+from lora_cli.engine.fused.linear import Adapted, Gradients, Products
+from lora_cli.engine.fused.pointwise import normalize, rms_norm, rms_norm_back, rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,7 @@ class DecoderLayer:
 
 
 class FusedLayer(torch.autograd.Function):
-    """`DecoderLayer` on hidden states [T, M]; cos and sin are [T, E], `lengths` those of the documents."""
+    """`DecoderLayer` on hidden states [T, M] of documents; cos, sin: [T, E]. With `recompute` it keeps x alone."""
 
     @staticmethod
     def forward(
@@ -67,51 +70,69 @@ class FusedLayer(torch.autograd.Function):
         layer: DecoderLayer,
         cos_TE: Tensor,
         sin_TE: Tensor,
-        lengths: Sequence[int],
+        where: Documents,
+        recompute: bool,
         *trained: Tensor,
     ) -> Tensor:
-        size, dtype = layer.head_size, x_TM.dtype
-        scale_1 = rms_scale(x_TM, layer.attention_norm.eps)
-        normed = rms_norm(x_TM, scale_1, layer.attention_norm.weight)
-        query, key, value = (t.view(len(t), -1, size) for t in Joined(layer.inputs, dtype).project(normed))
-        del normed
-        rotate(query, cos_TE[:, None], sin_TE[:, None])
-        rotate(key, cos_TE[:, None], sin_TE[:, None])
-        attended, kept = documents.attend(query, key, value, lengths, layer.scale)
-        (hidden_TM,) = Joined([layer.output], dtype).project(attended.view(len(attended), -1))
-        hidden_TM.add_(x_TM)
-        scale_2 = rms_scale(hidden_TM, layer.block_norm.eps)
-        normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
-        out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, hidden_TM)
-        ctx.layer, ctx.lengths, ctx.num_kept = layer, lengths, len(kept)
-        ctx.save_for_backward(
-            *(x_TM, scale_1, attended, hidden_TM, scale_2, cos_TE, sin_TE, gate_TI, up_TI),
-            *kept,
-            *trained,  # their versions are checked on the way back
-        )
+        products = Products(x_TM.dtype, keep=x_TM.is_cuda and not recompute)
+        normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, where, products)
+        out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, inner[2], products)
+        ctx.layer, ctx.where, ctx.products = layer, where, None if recompute else products
+        kept = () if recompute else (gate_TI, up_TI, *inner)
+        ctx.num_kept = len(kept)
+        ctx.save_for_backward(x_TM, cos_TE, sin_TE, *kept, *trained)  # whose versions are checked on the way back
         return out_TM
 
     @staticmethod
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         layer: DecoderLayer = ctx.layer
-        x_TM, scale_1, attended, hidden_TM, scale_2, cos_TE, sin_TE, gate_TI, up_TI, *rest = ctx.saved_tensors
-        kept = rest[: ctx.num_kept]
-        dtype = x_TM.dtype
-        normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
-        back_TM, block_grads = gated.gated_back(layer.block, grad_TM, normed, gate_TI, up_TI)
-        del normed
-        hidden_grad = rms_norm_back(back_TM, hidden_TM, scale_2, layer.block_norm.weight).add_(grad_TM)
-        last, first = Gradients(Joined([layer.output], dtype)), Gradients(Joined(layer.inputs, dtype))
+        x_TM, cos_TE, sin_TE, *kept = ctx.saved_tensors
+        products = ctx.products or Products(x_TM.dtype, keep=x_TM.is_cuda)
+        if ctx.products is None:
+            normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, ctx.where, products)
+            gate_TI, up_TI = products.of(layer.block.gate, layer.block.up).project(normed)
+            scale_1, attended, hidden_TM, scale_2, *of_attention = inner
+        else:
+            gate_TI, up_TI, scale_1, attended, hidden_TM, scale_2, *of_attention = kept[: ctx.num_kept]
+            normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
+        del kept
+        grad_TM = grad_TM.contiguous()
+        back_TM, block_grads = gated.gated_back(layer.block, grad_TM, normed, gate_TI, up_TI, products)
+        del normed, gate_TI, up_TI
+        hidden_grad = rms_norm_back(back_TM, hidden_TM, scale_2, layer.block_norm.weight, grad_TM)
+        last, first = Gradients(products.of(layer.output)), Gradients(products.of(*layer.inputs))
         flat = attended.view(len(attended), -1)
         attended_grad = torch.empty_like(flat)
         last.add(flat, [hidden_grad], attended_grad)
-        grads = documents.attend_back(attended_grad.view(attended.shape), attended, kept, ctx.lengths, layer.scale)
+        attended_grad = attended_grad.view(attended.shape)
+        grads = documents.attend_back(attended_grad, attended, of_attention, ctx.where, layer.scale)
         for turned in grads[:2]:
-            rotate(turned, cos_TE[:, None], -sin_TE[:, None])
+            rotate(turned, cos_TE, sin_TE, back=True)
         normed = rms_norm(x_TM, scale_1, layer.attention_norm.weight)
         into = torch.empty_like(x_TM) if ctx.needs_input_grad[0] else None
         first.add(normed, [t.view(len(t), -1) for t in grads], into)
         input_grad = None
         if into is not None:
-            input_grad = rms_norm_back(into, x_TM, scale_1, layer.attention_norm.weight).add_(hidden_grad)
-        return (input_grad, None, None, None, None, *first.results(), *last.results(), *block_grads)
+            input_grad = rms_norm_back(into, x_TM, scale_1, layer.attention_norm.weight, hidden_grad)
+        return (input_grad, *_NONE, *first.results(), *last.results(), *block_grads)
+
+
+_NONE = (None,) * 5
+"""Gradients of what is neither the input nor trained."""
+
+
+def _attention(
+    x_TM: Tensor, layer: DecoderLayer, cos_TE: Tensor, sin_TE: Tensor, where: Documents, products: Products
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The first half of a layer: the block's normed input; and the first norm's scale, what was attended, the hidden
+    states between the halves, their scale, and what attention keeps."""
+    normed, scale_1 = normalize(x_TM, layer.attention_norm.weight, layer.attention_norm.eps)
+    flat = products.of(*layer.inputs).project(normed)
+    del normed
+    query, key, value = (t.view(len(t), -1, layer.head_size) for t in flat)
+    rotate(query, cos_TE, sin_TE)
+    rotate(key, cos_TE, sin_TE)
+    attended, kept = documents.attend(query, key, value, where, layer.scale)
+    (hidden_TM,) = products.of(layer.output).project(attended.view(len(attended), -1))
+    normed, scale_2 = normalize(hidden_TM, layer.block_norm.weight, layer.block_norm.eps, residual_TM=x_TM)
+    return normed, (scale_1, attended, hidden_TM, scale_2, *kept)

@@ -1,8 +1,10 @@
 """Linear layers with LoRA that share one input, such as q, k and v: y_i = x W_i' + b_i + s_i (x A_i') B_i'.
 
-For one pass over an input, weights and adapters are joined, so that a layer is one product there and one back: in
-float32 as W + s B A, in 16 bits, where that sum would lose small adapters, as [x, x A'] [W, s B]'. The joined weights
-of one layer at a time exist. Nothing is computed for frozen weights. Knows nothing of PEFT's modules (`fitting` does).
+For one pass over an input on a CPU, weights and adapters are joined, so that a layer is one product there and one back:
+in float32 as W + s B A, in 16 bits, where that sum would lose small adapters, as [x, x A'] [W, s B]'. The joined
+weights of one layer at a time exist. On a CUDA card, whose narrow products cost no more than a copy of W would, the
+adapters of all layers make one low product and are added to each output. Nothing is computed for frozen weights; 4-bit
+ones are made dense for one product at a time. Knows nothing of PEFT's modules (`fitting` does).
 
 Dimension names: T tokens, I inputs, O outputs, R ranks of all layers together.
 """
@@ -11,10 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from lora_cli.engine.fused import card
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +29,7 @@ class Adapted:
     """One linear layer: what is frozen in it, and what is trained."""
 
     weight: Tensor
-    """[O, I], frozen."""
+    """[O, I], frozen; packed where it has a `state`."""
     bias: Tensor | None
     """[O], frozen."""
     a: Tensor | None
@@ -30,6 +37,29 @@ class Adapted:
     b: Tensor | None
     """[O, r]."""
     scale: float = 1.0
+    state: QuantState | None = None
+    """bitsandbytes' account of a 4-bit weight."""
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return int((self.weight if self.state is None else self.state).shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, or of what it is made dense in."""
+        return self.weight.dtype if self.state is None else self.state.dtype
+
+    def dense(self) -> Tensor:
+        """The weight, [O, I]."""
+        if self.state is None:
+            return self.weight
+        if self.weight.is_cuda:
+            return card.dense(self.weight, self.state)
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: Tensor = dequantize_4bit(self.weight, self.state)
+        return weight
 
     @property
     def rank(self) -> int:
@@ -43,27 +73,37 @@ class Adapted:
 class Joined:
     """Layers that share an input, made ready for one pass over it, there or back."""
 
-    def __init__(self, layers: Sequence[Adapted], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[Adapted], dtype: torch.dtype, *, keep_low: bool = False) -> None:
         self.layers = layers
-        self.exact = dtype == torch.float32
+        on_card = layers[0].weight.is_cuda
+        self.exact = dtype == torch.float32 and not on_card
         """Whether W + s B A is what is multiplied."""
+        self.joined = not self.exact and not on_card
+        """Whether [x, x A'] and [W, s B] are."""
         found = [layer.a for layer in layers if layer.a is not None]
         self.a_RI = None if not found else (found[0] if len(found) == 1 else torch.cat(found)).to(dtype)
         """The A of all layers, one below the other."""
-        self.scaled_b = [None if layer.b is None else layer.b.to(dtype) * layer.scale for layer in layers]
+        self.scaled_b = [None if layer.b is None else _scaled(layer.b, layer.scale, dtype) for layer in layers]
+        self.kept_low: Tensor | None = None
+        """What `low` came to in `project`, where it is kept."""
+        self._keep_low = keep_low
         self.columns = []
         """Where each layer's ranks stand among those of all."""
         end = 0
         for layer in layers:
             self.columns.append(slice(end, end + layer.rank))
             end += layer.rank
-        self.weights = [
-            torch.addmm(layer.weight, b_Or, layer.a)
+        self._sums = [
+            torch.addmm(layer.dense(), b_Or, layer.a)
             if self.exact and b_Or is not None and layer.a is not None
-            else layer.weight
+            else None
             for layer, b_Or in zip(layers, self.scaled_b, strict=True)
         ]
-        """[O, I] of each."""
+
+    def weight(self, number: int) -> Tensor:
+        """[O, I] by which one layer's input is multiplied."""
+        joint = self._sums[number]
+        return self.layers[number].dense() if joint is None else joint
 
     def low(self, x_TI: Tensor) -> Tensor | None:
         """x A' of all layers, [T, R]."""
@@ -73,31 +113,52 @@ class Joined:
         """The layers' [T, O] outputs, into `outputs` when they are given."""
         joint = x_TI
         low_TR = None if self.exact else self.low(x_TI)
-        if low_TR is not None:
+        self.kept_low = low_TR if self._keep_low else None
+        if self.joined and low_TR is not None:
             joint = torch.cat([x_TI, low_TR], dim=1)
-        results = []
-        for number, (layer, weight) in enumerate(zip(self.layers, self._joint_weights(low_TR), strict=True)):
-            out = x_TI.new_empty(x_TI.shape[0], weight.shape[0]) if outputs is None else outputs[number]
+        if outputs is None:
+            outputs = [x_TI.new_empty(x_TI.shape[0], layer.outputs) for layer in self.layers]
+        for number, (layer, out) in enumerate(zip(self.layers, outputs, strict=True)):
+            weight = self._joint_weight(number) if joint is not x_TI else self.weight(number)
             if layer.bias is None:
                 torch.mm(joint, weight.t(), out=out)
             else:
                 torch.addmm(layer.bias, joint, weight.t(), out=out)
-            results.append(out)
-        return results
+            b_Or = self.scaled_b[number]
+            if low_TR is not None and joint is x_TI and b_Or is not None:
+                out.addmm_(low_TR[:, self.columns[number]], b_Or.t())
+        return list(outputs)
 
-    def _joint_weights(self, low_TR: Tensor | None) -> list[Tensor]:
-        """[O, I + R] with each layer's s B in the columns of its ranks, and zeros in those of the others."""
-        if low_TR is None:
-            return self.weights
-        joint = []
-        for weight, b_Or, columns in zip(self.weights, self.scaled_b, self.columns, strict=True):
-            rows, width = weight.shape
-            whole = weight.new_zeros(rows, width + low_TR.shape[1])
-            whole[:, :width] = weight
-            if b_Or is not None:
-                whole[:, width + columns.start : width + columns.stop] = b_Or
-            joint.append(whole)
-        return joint
+    def _joint_weight(self, number: int) -> Tensor:
+        """[O, I + R] with the layer's s B in the columns of its ranks, and zeros in those of the others."""
+        assert self.a_RI is not None
+        weight, b_Or, columns = self.weight(number), self.scaled_b[number], self.columns[number]
+        rows, width = weight.shape
+        whole = weight.new_zeros(rows, width + len(self.a_RI))
+        whole[:, :width] = weight
+        if b_Or is not None:
+            whole[:, width + columns.start : width + columns.stop] = b_Or
+        return whole
+
+
+class Products:
+    """The joined layers of one pass, made as they are needed.
+
+    Args:
+        keep: for the way back as well, with x A' of each input. On a card, where that is little; joined weights aren't.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, keep: bool) -> None:
+        self._dtype, self._keep = dtype, keep
+        self._known: dict[Adapted, Joined] = {}
+
+    def of(self, *layers: Adapted) -> Joined:
+        """Layers that share an input."""
+        if not self._keep:
+            return Joined(layers, self._dtype)
+        if layers[0] not in self._known:
+            self._known[layers[0]] = Joined(layers, self._dtype, keep_low=True)
+        return self._known[layers[0]]
 
 
 class Gradients:
@@ -107,25 +168,41 @@ class Gradients:
         self._joined = joined
         self._a_RI: Tensor | None = None
         self._b: list[Tensor | None] = [None] * len(joined.layers)
+        self._back_TR: Tensor | None = None
 
     def add(self, x_TI: Tensor, grads: Sequence[Tensor], into: Tensor | None) -> None:
         """Take in the gradients of outputs, and give that of the input into `into`, when it is wanted."""
+        self.back(grads, into)
+        self.collect(x_TI, grads)
+
+    def back(self, grads: Sequence[Tensor], into: Tensor | None) -> None:
+        """The first half of `add`, which needs no input: its gradient."""
         joined = self._joined
         if into is not None:
-            torch.mm(grads[0], joined.weights[0], out=into)
-            for grad, weight in zip(grads[1:], joined.weights[1:], strict=True):
-                into.addmm_(grad, weight)
-        low_TR = joined.low(x_TI)
-        if joined.a_RI is None or low_TR is None:
+            torch.mm(grads[0], joined.weight(0), out=into)
+            for number, grad in enumerate(grads[1:], 1):
+                into.addmm_(grad, joined.weight(number))
+        if joined.a_RI is None:
             return
-        back_TR = torch.empty_like(low_TR)
-        for number, (grad, b_Or, columns) in enumerate(zip(grads, joined.scaled_b, joined.columns, strict=True)):
+        self._back_TR = grads[0].new_empty(len(grads[0]), len(joined.a_RI))
+        for grad, b_Or, columns in zip(grads, joined.scaled_b, joined.columns, strict=True):
             if b_Or is not None:
-                torch.mm(grad, b_Or, out=back_TR[:, columns])
-                self._b[number] = _sum(self._b[number], low_TR[:, columns].t(), grad, joined.layers[number].scale)
+                torch.mm(grad, b_Or, out=self._back_TR[:, columns])
         if into is not None and not joined.exact:
-            into.addmm_(back_TR, joined.a_RI)
-        self._a_RI = _sum(self._a_RI, back_TR.t(), x_TI, 1.0)
+            into.addmm_(self._back_TR, joined.a_RI)
+
+    def collect(self, x_TI: Tensor, grads: Sequence[Tensor]) -> None:
+        """The second half: gradients of the adapters, from the same ones of outputs."""
+        joined = self._joined
+        low_TR = joined.low(x_TI) if joined.kept_low is None else joined.kept_low
+        joined.kept_low = None
+        if low_TR is None or self._back_TR is None:
+            return
+        for number, (grad, columns) in enumerate(zip(grads, joined.columns, strict=True)):
+            if joined.scaled_b[number] is not None:
+                self._b[number] = _sum(self._b[number], low_TR[:, columns].t(), grad, joined.layers[number].scale)
+        self._a_RI = _sum(self._a_RI, self._back_TR.t(), x_TI, 1.0)
+        self._back_TR = None
 
     def results(self) -> list[Tensor]:
         """The gradients of A and B of each layer that has them, in float32."""
@@ -136,6 +213,13 @@ class Gradients:
             assert self._a_RI is not None and b_rO is not None
             found += [self._a_RI[columns], b_rO.t()]
         return found
+
+
+def _scaled(b_Or: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s B in another dtype, rounded once where that is one operation."""
+    if b_Or.dtype == dtype or not b_Or.is_cuda:
+        return b_Or.to(dtype) * scale
+    return torch.mul(b_Or, scale, out=torch.empty_like(b_Or, dtype=dtype))
 
 
 def _sum(total: Tensor | None, left: Tensor, right: Tensor, scale: float) -> Tensor:

@@ -6,9 +6,7 @@ segments of 20 MiB, or from 10 MiB on in segments of its own size rounded up to 
 block that is large enough, the lowest address among equals; it is split if what remains is worth keeping. Neighbours
 that are both free merge. Which of two segments lies lower is the driver's choice, of which nothing is published: see
 ARENA. When the card is full, cached segments that are free as a whole are given back, and the
-request is tried once more.
-
-With `expandable_segments` each pool is one range that grows by pages of 2 MiB (small) or 20 MiB (large).
+request is tried once more. `expandable` has the allocator under `expandable_segments`.
 """
 
 from __future__ import annotations
@@ -36,21 +34,22 @@ class OutOfCard(Exception):
 
 
 @dataclass(slots=True)
-class _Block:
+class Block:
     address: int
     size: int
     small: bool
     free: bool
-    previous: _Block | None = None
-    next: _Block | None = None
+    previous: Block | None = None
+    next: Block | None = None
+    mapped: bool = True
+    """False is a range of addresses with no memory behind it."""
 
 
 class CachingAllocator:
     """One card's allocator."""
 
-    def __init__(self, capacity_bytes: int | None = None, *, expandable: bool = False) -> None:
+    def __init__(self, capacity_bytes: int | None = None) -> None:
         self.capacity_bytes = capacity_bytes
-        self.expandable = expandable
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
@@ -58,8 +57,7 @@ class CachingAllocator:
         self._segments = 0
         # Free blocks of each pool, sorted by size, then address.
         self._pools: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._blocks: dict[int, _Block] = {}
-        self._tails: dict[bool, _Block | None] = {True: None, False: None}
+        self._blocks: dict[int, Block] = {}
 
     def allocate(self, size_bytes: int) -> int:
         """The address of a new block; 0 for an empty one.
@@ -97,9 +95,7 @@ class CachingAllocator:
         for small, pool in self._pools.items():
             for size, address in list(pool):
                 block = self._blocks[address]
-                if self.expandable:
-                    self._unmap(block)
-                elif block.previous is None and block.next is None:
+                if block.previous is None and block.next is None:
                     pool.remove((size, address))
                     del self._blocks[address]
                     self.reserved_bytes -= size
@@ -110,7 +106,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
-    def _best_fit(self, size: int, small: bool) -> _Block | None:
+    def _best_fit(self, size: int, small: bool) -> Block | None:
         pool = self._pools[small]
         index = bisect_left(pool, (size, 0))
         if index == len(pool):
@@ -118,9 +114,7 @@ class CachingAllocator:
         _, address = pool.pop(index)
         return self._blocks[address]
 
-    def _new_segment(self, size: int, small: bool) -> _Block:
-        if self.expandable:
-            return self._grow(size, small)
+    def _new_segment(self, size: int, small: bool) -> Block:
         if small:
             segment = SMALL_BUFFER
         elif size < MIN_LARGE_ALLOC:
@@ -130,39 +124,9 @@ class CachingAllocator:
         self._reserve(segment)
         self._segments += 1
         apart = self._segments * _SEGMENT_GAP
-        block = _Block(_ARENAS_FROM + (apart if segment < ARENA else -apart), segment, small, free=False)
+        block = Block(_ARENAS_FROM + (apart if segment < ARENA else -apart), segment, small, free=False)
         self._blocks[block.address] = block
         return block
-
-    def _grow(self, size: int, small: bool) -> _Block:
-        """Map more pages at the end of the pool's range, joined with a free block that ends there."""
-        page = SMALL_BUFFER if small else LARGE_BUFFER
-        tail = self._tails[small]
-        have = tail.size if tail is not None and tail.free else 0
-        pages = -(-(size - have) // page) * page
-        self._reserve(pages)
-        tail = self._tails[small]  # giving back the cache may have moved it
-        start = (2 if small else 1) * _SEGMENT_GAP if tail is None else tail.address + tail.size
-        block = _Block(start, pages, small, free=False, previous=tail)
-        self._blocks[start] = block
-        self._tails[small] = block
-        if tail is not None:
-            tail.next = block
-            if tail.free:
-                self._remove(tail)
-                block = self._merge(block, tail)
-        return block
-
-    def _unmap(self, block: _Block) -> None:
-        """Give back a free block at the end of a growing range; inner holes stay, as a simplification."""
-        if block.next is not None:
-            return
-        self._remove(block)
-        del self._blocks[block.address]
-        self.reserved_bytes -= block.size
-        self._tails[block.small] = block.previous
-        if block.previous is not None:
-            block.previous.next = None
 
     def _reserve(self, segment: int) -> None:
         if self.capacity_bytes is not None and self.reserved_bytes + segment > self.capacity_bytes:
@@ -172,35 +136,31 @@ class CachingAllocator:
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
-    def _worth_splitting(self, block: _Block, size: int) -> bool:
+    def _worth_splitting(self, block: Block, size: int) -> bool:
         remaining = block.size - size
-        if block.small or self.expandable:
+        if block.small:
             return remaining >= MIN_BLOCK
         return remaining > SMALL_SIZE
 
-    def _split(self, block: _Block, size: int) -> None:
-        rest = _Block(block.address + size, block.size - size, block.small, True, previous=block, next=block.next)
+    def _split(self, block: Block, size: int) -> None:
+        rest = Block(block.address + size, block.size - size, block.small, True, previous=block, next=block.next)
         if block.next is not None:
             block.next.previous = rest
-        else:
-            self._tails[block.small] = rest
         block.next = rest
         block.size = size
         self._blocks[rest.address] = rest
         insort(self._pools[block.small], (rest.size, rest.address))
 
-    def _merge(self, one: _Block, other: _Block) -> _Block:
+    def _merge(self, one: Block, other: Block) -> Block:
         first, second = (one, other) if one.address < other.address else (other, one)
         first.size += second.size
         first.next = second.next
         if second.next is not None:
             second.next.previous = first
-        elif self._tails[first.small] is second:
-            self._tails[first.small] = first
         first.free = True
         del self._blocks[second.address]
         return first
 
-    def _remove(self, block: _Block) -> None:
+    def _remove(self, block: Block) -> None:
         pool = self._pools[block.small]
         del pool[bisect_left(pool, (block.size, block.address))]

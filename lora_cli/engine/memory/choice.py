@@ -1,8 +1,8 @@
 """What `micro_batch_tokens: auto` and `gradient_checkpointing: auto` come to on a card of some size.
 
 Without checkpointing a step takes about a quarter less time, so it is left out where a useful micro-batch fits without
-it. Memory grows nearly linearly with the tokens of a micro-batch: two rehearsals give the slope, a third proves the
-result.
+it. Memory grows nearly linearly with the tokens of a micro-batch once the loss fills its chunks, and more steeply
+below: two rehearsals give a slope, a third proves the result and gives the next slope.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ USEFUL_TOKENS = 4_096
 MOST_TOKENS = 32_768
 """Beyond it nothing is gained."""
 STEP_TOKENS = 1_024
+GAIN = 1.1
+"""A micro-batch that is larger by less isn't looked for."""
 
 
 def choose(rehearsals: Rehearsals, config: Config, target: Target, card_bytes: int) -> Need | None:
@@ -56,17 +58,30 @@ def largest_micro_batch(
     double = rehearsals.need(_with(config, micro_batch_tokens=min(2 * smallest, top)), target)
     if not double.fits(card_bytes):
         return _between(rehearsals, config, target, card_bytes, small, double)
-    if double.shape.num_tokens >= top:
-        return double
-    slope = (double.process_bytes - small.process_bytes) / (double.shape.num_tokens - small.shape.num_tokens)
-    room = card_bytes / (1 + MARGIN) - double.process_bytes
-    tokens = min(top, double.shape.num_tokens + int(room / max(slope, 1)))
-    while tokens > double.shape.num_tokens:
+    low, high = small, double
+    while high.shape.num_tokens < top:
+        larger = _beyond(rehearsals, config, target, card_bytes, low, high)
+        if larger is None:
+            break
+        low, high = high, larger
+    return high
+
+
+def _beyond(
+    rehearsals: Rehearsals, config: Config, target: Target, card_bytes: int, low: Need, high: Need
+) -> Need | None:
+    """A larger micro-batch that fits, as two that fit let expect it; None where at most a tenth is to be gained."""
+    known = high.shape.num_tokens
+    slope = (high.process_bytes - low.process_bytes) / (known - low.shape.num_tokens)
+    room = card_bytes / (1 + MARGIN) - high.process_bytes
+    top = most_tokens(config)
+    tokens = min(top, known + int(room / max(slope, 1)))
+    while _rounded(tokens, top) > GAIN * known:
         found = rehearsals.need(_with(config, micro_batch_tokens=_rounded(tokens, top)), target)
         if found.fits(card_bytes):
             return found
         tokens = int(0.9 * tokens)
-    return double
+    return None
 
 
 def most_tokens(config: Config) -> int:

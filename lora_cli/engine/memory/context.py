@@ -13,8 +13,8 @@ _MEASURED = {(7, 5): 141 * _MIB}
 """Tesla T4, CUDA 12.8 and 13.0, PyTorch 2.10 and 2.14: 140.9 MiB, in 48 published runs (fitcheck 0.3.1)."""
 
 _ASSUMED = 512 * _MIB
-"""Where no training was measured. On the high side of what is reported for a context alone, before kernels are loaded:
-RTX 3090 256 MiB (PyTorch 2.7, CUDA 12.8; invoke-ai/InvokeAI issue 9413), RTX 6000 Ada 426 MiB (PyTorch 2.10, CUDA 13.0;
+"""Where no training was measured. Above what is reported for a context alone, before kernels are loaded: RTX 3090
+256 MiB (PyTorch 2.7, CUDA 12.8; invoke-ai/InvokeAI issue 9413), RTX 6000 Ada 426 MiB (PyTorch 2.10, CUDA 13.0;
 unslothai/unsloth-zoo pull request 1053), "around 400 MB" in general (pytorch/pytorch issue 109888)."""
 
 

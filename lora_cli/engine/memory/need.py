@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,8 @@ class Need:
     shape: MicroBatches
     replayed: Replay
     trace: Trace = field(repr=False)
+    expandable: bool = False
+    """Replayed under `expandable_segments`."""
     _capped: dict[int, int | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -65,6 +67,12 @@ class Need:
         """Whether a card of this size runs it with the margin to spare."""
         return self.taken_on(card_bytes) is not None
 
+    def with_expandable_segments(self) -> Need:
+        """The same steps under `expandable_segments`."""
+        if self.expandable:
+            return self
+        return replace(self, replayed=replay(self.trace, expandable=True), expandable=True, _capped={})
+
     def taken_on(self, card_bytes: int) -> int | None:
         """What it takes of a card of this size with the margin kept free, its allocator giving back what it must.
 
@@ -77,18 +85,24 @@ class Need:
             return None
         if room not in self._capped:
             try:
-                self._capped[room] = replay(self.trace, capacity_bytes=room).peak_reserved_bytes + self.context_bytes
+                found = replay(self.trace, capacity_bytes=room, expandable=self.expandable)
+                self._capped[room] = found.peak_reserved_bytes + self.context_bytes
             except OutOfCard:
                 self._capped[room] = None
         return self._capped[room]
 
 
 class Rehearsals:
-    """Needs of variants of one config, each rehearsed once."""
+    """Needs of variants of one config, each rehearsed once.
 
-    def __init__(self, architecture: PretrainedConfig, proof: Proof) -> None:
+    Args:
+        expandable: PyTorch's allocator will run under `expandable_segments`.
+    """
+
+    def __init__(self, architecture: PretrainedConfig, proof: Proof, *, expandable: bool = False) -> None:
         self._architecture = architecture
         self._proof = proof
+        self.expandable = expandable
         self._known: dict[tuple[str, Target], Need] = {}
         self._traces: dict[tuple[str, Target], Trace] = {}
         self._replays: dict[tuple[str, Target, int], tuple[Replay, Trace]] = {}
@@ -101,7 +115,8 @@ class Rehearsals:
             tokens = config.train.micro_batch_tokens
             assert isinstance(tokens, int), "resolved by the caller"
             shape = worst_micro_batches(config, tokens, computation)
-            self._known[key] = Need(config, target, shape, *self._replayed(key[0], config, target, shape))
+            replayed, trace = self._replayed(key[0], config, target, shape)
+            self._known[key] = Need(config, target, shape, replayed, trace, self.expandable)
         return self._known[key]
 
     def _replayed(self, name: str, config: Config, target: Target, shape: MicroBatches) -> tuple[Replay, Trace]:
@@ -113,18 +128,20 @@ class Rehearsals:
             self._traces[name, alike] = rehearse(config, self._architecture, computation, alike, shape)
         if (name, alike, workspace) not in self._replays:
             trace = self._traces[name, alike].with_workspace(workspace)
-            self._replays[name, alike, workspace] = (replay(trace), trace)
+            self._replays[name, alike, workspace] = (replay(trace, expandable=self.expandable), trace)
         return self._replays[name, alike, workspace]
 
     def computation(self, config: Config, target: Target) -> Computation:
         """How the run's forward pass will go on the target."""
         wanted = config.train.loss
+        dtype = target_dtype(config, target)
+        fusion = self._proof.fusion_on(target, dtype, config.model.quantization)
         return Computation(
             packing=self._proof.packing,
             loss="full" if wanted == "full" else self._proof.loss,
-            dtype=target_dtype(config, target),
+            dtype=dtype,
             attention=self._proof.attention,
-            fusion=None if target.kind != "cpu" else "layers" if self._proof.fusion == "native" else self._proof.fusion,
+            fusion="layers" if fusion == "native" else fusion,  # compiled kernels can't be rehearsed, and need less
         )
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from lora_cli.engine.memory.allocator import CachingAllocator
+from lora_cli.engine.memory.expandable import ExpandableAllocator
 from lora_cli.engine.memory.trace import EMPTY_CACHE, Birth, Trace
 
 
@@ -29,7 +30,7 @@ def replay(trace: Trace, *, since: str = "load", capacity_bytes: int | None = No
     Raises:
         OutOfCard: `capacity_bytes` doesn't hold it.
     """
-    allocator = CachingAllocator(capacity_bytes, expandable=expandable)
+    allocator = (ExpandableAllocator if expandable else CachingAllocator)(capacity_bytes)
     marks = defaultdict(list)
     for position, name in trace.marks:
         marks[position].append(name)

@@ -34,6 +34,7 @@ LT_WORKSPACE_BYTES = 2**20
 
 _CUBLAS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default}
+    | {aten.mm.out, aten.addmm.out, aten.addmm_.default}
     | {aten.dot.default, aten.vdot.default}
 )
 
@@ -48,7 +49,8 @@ def libraries(func: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
         return ("cublas", "cublaslt") if len(args) > 2 and args[2] is not None else ("cublas",)
     if func not in _CUBLAS:
         return ()
-    return ("cublas", "cublaslt") if func is aten.addmm.default and args[0].dim() == 1 else ("cublas",)
+    biased = func in (aten.addmm.default, aten.addmm.out) and args[0].dim() == 1
+    return ("cublas", "cublaslt") if biased else ("cublas",)
 
 
 class Scratch:
@@ -64,8 +66,6 @@ class Scratch:
 
     def sizes(self, func: Any, args: tuple[Any, ...]) -> list[int]:
         rule = self._rules.get(func)
-        if rule is None and self._cuda and func.name() == "torch_attn::_varlen_attn_backward":
-            rule = _varlen_backward  # its operator exists once attention by documents has been imported
         return [] if rule is None else rule(args)
 
 
@@ -116,6 +116,7 @@ _CUDA: dict[Any, Sizes] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten._flash_attention_backward.default: _varlen_backward,
 }
 
 

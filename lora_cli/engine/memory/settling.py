@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_cli.config import Config
 from lora_cli.engine.memory.choice import choose
+from lora_cli.engine.memory.expandable import asked_for
 from lora_cli.engine.memory.need import MARGIN, Need, Rehearsals
 from lora_cli.engine.selftest import Proof
 from lora_cli.engine.target import Target
@@ -38,7 +40,7 @@ def settle_memory(
         card_bytes: of the card, minus what other processes hold.
     """
     try:
-        rehearsals = Rehearsals(architecture, proof)
+        rehearsals = Rehearsals(architecture, proof, expandable=asked_for(os.environ))
         found = choose(rehearsals, config, target, card_bytes)
         if found is not None:
             return Settled(found.config, _memory(found, card_bytes))

@@ -21,6 +21,7 @@ from lora_cli.engine.fused import documents, fitting, gated, layer
 from lora_cli.engine.fused.fitting import Fusion, fuse
 from lora_cli.engine.selftest import prove, prove_run
 from lora_cli.engine.step import accumulate
+from lora_cli.engine.target import CPU, Target
 from lora_cli.engine.world import World
 from tests.unit.engine.learning import LENGTHS, PACKED, batches, engine_steps, examples, make_learner, with_adapter
 from tests.unit.engine.padded import padded_gradients, padded_steps
@@ -106,6 +107,37 @@ def test_recomputed_layers_give_the_same_bits(fusion: Fusion, world: World) -> N
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     found = gradients(model, computation, LENGTHS, world, 64)
     assert all(torch.equal(found[name], grad) for name, grad in plain.items())
+
+
+@pytest.mark.parametrize("fusion", [None, "layers", "linears"])
+def test_recomputed_layers_keep_little(fusion: Fusion | None, world: World) -> None:
+    """Replacing a layer's forward once went around its checkpointing: the same bits, and all of the memory."""
+
+    def kept_bytes(checkpointing: bool) -> int:
+        model, total = live("llama"), 0
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += 0 if isinstance(tensor, nn.Parameter) else tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            gradients(model, replace(PACKED, fusion=fusion), LENGTHS, world, 4096)
+        return total
+
+    assert kept_bytes(True) < kept_bytes(False) / 2
+
+
+def test_layers_hand_checkpointing_back() -> None:
+    model = live("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    before = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    fuse(model, "layers")
+    fuse(model, None)
+    after = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    assert before == after and any(after)
 
 
 @pytest.mark.parametrize("targets", [("v_proj",), ("q_proj", "down_proj"), ("o_proj", "up_proj")])
@@ -242,8 +274,25 @@ def test_nothing_is_fused_unasked() -> None:
     assert prove(tiny_config("llama"), None).fusion is None
     config = make_config("unread")
     assert prove_run(config, tiny_config("llama")).fusion == "layers"
-    quantized = config.model.model_copy(update={"quantization": QuantizationConfig(type="nf4")})
-    assert prove_run(config.model_copy(update={"model": quantized}), tiny_config("llama")).fusion is None
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "nf4", "fits"),
+    [
+        (CPU, torch.float32, False, True),
+        (CPU, torch.bfloat16, False, True),
+        (CPU, torch.float16, False, False),
+        (CPU, torch.float32, True, False),
+        (Target("cuda", (8, 0)), torch.bfloat16, True, True),
+        (Target("cuda", (9, 0)), torch.float16, False, True),
+        (Target("cuda", (9, 0)), torch.float32, False, False),
+        (Target("cuda", (7, 5)), torch.float16, False, False),
+    ],
+)
+def test_where_it_runs(target: Target, dtype: torch.dtype, nf4: bool, fits: bool) -> None:
+    quantization = QuantizationConfig(type="nf4") if nf4 else None
+    proof = prove(tiny_config("llama"), AdapterConfig(r=4))
+    assert proof.fusion_on(target, dtype, quantization) == ("layers" if fits else None)
 
 
 def _wrong_scale(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -257,7 +306,7 @@ def test_wrong_arithmetic_is_found(what: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(documents, what, _wrong_scale(documents.attend_back))
     else:
         real = layer.rotate
-        monkeypatch.setattr(layer, what, lambda x, cos, sin: real(x, cos * 1.001, sin))
+        monkeypatch.setattr(layer, what, lambda x, cos, sin, **way: real(x, cos * 1.001, sin, **way))
     assert prove(tiny_config("llama"), AdapterConfig(r=4)).fusion == "linears"
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_cli.engine.memory.allocator import CachingAllocator, OutOfCard
+from lora_cli.engine.memory.expandable import VARIABLES, ExpandableAllocator, asked_for
 
 KIB, MIB = 2**10, 2**20
 
@@ -89,7 +95,7 @@ def test_emptying_the_cache_leaves_segments_in_use() -> None:
 
 
 def test_expandable_segments_grow_and_leave_no_holes_behind() -> None:
-    fixed, expandable = CachingAllocator(), CachingAllocator(expandable=True)
+    fixed, expandable = CachingAllocator(), ExpandableAllocator()
     for allocator in (fixed, expandable):
         for size in (30, 60, 120, 240):
             allocator.free(allocator.allocate(size * MIB))
@@ -102,7 +108,7 @@ requests = st.lists(st.tuples(st.integers(1, 64 * MIB), st.booleans()), min_size
 
 @given(requests, st.booleans())
 def test_blocks_never_overlap_and_nothing_is_lost(sizes: list[tuple[int, bool]], expandable: bool) -> None:
-    allocator = CachingAllocator(expandable=expandable)
+    allocator = (ExpandableAllocator if expandable else CachingAllocator)()
     alive: dict[int, int] = {}
     for size, free_oldest in sizes:
         address = allocator.allocate(size)
@@ -130,3 +136,65 @@ def test_of_two_equal_blocks_the_later_large_segment_is_taken_first() -> None:
     assert allocator.allocate(40 * MIB) == second
     buffers = [allocator.allocate(9 * MIB) for _ in range(4)]
     assert buffers == sorted(buffers)
+
+
+def test_what_can_still_grow_is_left_for_larger_requests() -> None:
+    """Of two free blocks, a hole in the middle is taken before the end of the range, though that is the tighter fit."""
+    allocator = ExpandableAllocator()
+    wide, wall, last = (allocator.allocate(size * MIB) for size in (60, 20, 40))
+    allocator.free(wide)
+    allocator.free(last)
+    assert allocator.allocate(40 * MIB) == wide
+    assert wall < last
+
+
+def test_pages_within_free_blocks_go_when_the_cache_is_emptied_and_come_back_where_they_were() -> None:
+    allocator = ExpandableAllocator()
+    first, middle, last = (allocator.allocate(size * MIB) for size in (30, 70, 20))
+    allocator.free(middle)  # from 30 to 100 MiB, in which the pages from 40 to 100 are whole
+    assert allocator.empty_cache() == 60 * MIB
+    assert allocator.reserved_bytes == 60 * MIB
+    assert allocator.allocate(45 * MIB) == middle  # 10 MiB that stayed and 35 in two pages
+    assert allocator.reserved_bytes == 100 * MIB
+    for address in (first, middle, last):
+        allocator.free(address)
+    assert allocator.empty_cache() == 100 * MIB
+    assert allocator.allocate(120 * MIB) == first
+
+
+def test_a_full_card_under_expandable_segments() -> None:
+    allocator = ExpandableAllocator(capacity_bytes=100 * MIB)
+    allocator.allocate(2 * MIB)
+    allocator.free(allocator.allocate(75 * MIB))
+    small = [allocator.allocate(MIB) for _ in range(20)]  # 20 MiB of the other pool: the first one's cache has to go
+    assert allocator.reserved_bytes == 100 * MIB
+    small.append(allocator.allocate(MIB))
+    assert allocator.reserved_bytes == (20 + 22) * MIB
+    with pytest.raises(OutOfCard):
+        allocator.allocate(79 * MIB)
+    assert allocator.allocated_bytes == 23 * MIB
+
+
+@pytest.mark.parametrize(
+    ("environment", "answer"),
+    [
+        ({}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}, True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True,expandable_segments:False"}, False),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}, False),
+    ],
+)
+def test_what_an_environment_asks_for(environment: dict[str, str], answer: bool) -> None:
+    assert asked_for(environment) is answer
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="older PyTorch doesn't tell")
+def test_pytorch_reads_the_same_variable_first() -> None:
+    both = {name: f"max_split_size_mb:{number}" for number, name in enumerate(VARIABLES, start=64)}
+    code = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **both}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == both[VARIABLES[0]]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from lora_cli.engine.memory.choice import choose
-from lora_cli.engine.memory.need import Rehearsals
+from lora_cli.config import Config
+from lora_cli.engine.memory.choice import choose, largest_micro_batch
+from lora_cli.engine.memory.need import MARGIN, Rehearsals
 from lora_cli.engine.selftest import prove
 from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError, UserError
@@ -83,7 +87,7 @@ def test_every_kind_of_optimizer_can_be_traced(tiny_llama: Path, optimizer: str)
 
 def test_a_card_that_is_too_small_is_refused_with_a_change_that_fits(tiny_llama: Path) -> None:
     config = make_config(tiny_llama, tokens=8192, max_length=1024, train={"gradient_checkpointing": False})
-    too_little = (estimate_vram(config).process_bytes - 40 * MIB) / GIB
+    too_little = (estimate_vram(config).process_bytes - 4 * MIB) / GIB
     refused = estimate_vram(config, vram_gib=too_little)
     assert refused.verdict == "no"
     assert refused.fits is False
@@ -111,6 +115,40 @@ def test_auto_takes_a_larger_micro_batch_on_a_larger_card(tiny_llama: Path) -> N
     assert choose(rehearsals, config, target, int(CONTEXT_GIB * GIB)) is None
 
 
+class Kinked:
+    """Rehearsals of a run that takes 1 MiB a token up to 2,048 tokens, and a tenth of it from there on."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def need(self, config: Config, target: Target) -> Any:
+        tokens = config.train.micro_batch_tokens
+        assert isinstance(tokens, int)
+        self.asked.append(tokens)
+        taken = (min(tokens, 2048) + max(0, tokens - 2048) // 10) * MIB
+        shape = SimpleNamespace(num_tokens=tokens)
+        return SimpleNamespace(process_bytes=taken, shape=shape, fits=lambda card: taken * (1 + MARGIN) <= card)
+
+
+def test_the_largest_micro_batch_is_found_where_memory_grows_less_steeply_later() -> None:
+    config = make_config(Path("nowhere"), max_length=1024, train={"batch_size": 64})
+    rehearsals: Any = Kinked()
+    found = largest_micro_batch(rehearsals, config, Target("cuda", (8, 0)), 4 * GIB)
+    assert found is not None
+    room = 4 * GIB / (1 + MARGIN) / MIB
+    most = 2048 + 10 * (room - 2048)
+    assert most / 1.1 - 1024 <= found.shape.num_tokens <= most
+    assert len(rehearsals.asked) <= 6
+
+
+def test_expandable_segments_are_named_where_they_make_it_fit(estimate: Estimate) -> None:
+    tight = replace(estimate, card="a card", card_bytes=estimate.process_bytes - MIB, verdict="no")
+    assert "fits with" not in render_estimate(tight, 100)
+    smaller = replace(tight, expandable_fits=True, expandable_process_bytes=estimate.process_bytes - 200 * MIB)
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in render_estimate(smaller, 100)
+    assert "fits with" not in render_estimate(replace(smaller, verdict="yes"), 100)
+
+
 def test_hopper_pays_for_larger_workspaces(tiny_llama: Path) -> None:
     ampere, hopper = (estimate_vram(make_config(tiny_llama), gpu=name) for name in ("a100-80gb", "h100-80gb"))
     assert hopper.peak_allocated_bytes - ampere.peak_allocated_bytes == 2 * (32 * MIB - 8320 * 2**10)
@@ -128,6 +166,18 @@ def test_the_screen_keeps_to_its_width(estimate: Estimate, width: int) -> None:
 )
 def test_cards_are_found_by_the_names_people_use(name: str, card: str) -> None:
     assert find_card(name).name == card
+
+
+def test_a_card_without_a_report_of_its_own_is_said(tiny_llama: Path) -> None:
+    unnamed, named = (estimate_vram(make_config(tiny_llama), gpu=name).assumptions for name in ("rtx-4080", "rtx-4090"))
+    assert any("15.57 GiB on rtx-4080-16gb" in line for line in unnamed)
+    assert not any("no report" in line for line in named)
+
+
+def test_cards_hold_less_than_their_names_promise_and_more_than_nine_tenths() -> None:
+    for card in CARDS:
+        promised = int(card.name.rpartition("-")[2].removesuffix("gb"))
+        assert 0.9 * promised < card.gib < promised, card
 
 
 @pytest.mark.parametrize(("name", "says"), [("rtx-4091", "rtx-4090"), ("a100", "a100-40gb, a100-80gb")])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.layer import DecoderLayer
 from lora_cli.engine.fused.native import kernels
 from lora_cli.engine.fused.native.tiles import joint
@@ -23,13 +24,14 @@ LONGEST = 4096
 """Tokens of a document up to which attention is faster than PyTorch's."""
 
 
-def takes(layer: DecoderLayer, lengths: Sequence[int]) -> bool:
+def takes(layer: DecoderLayer, hidden_1TM: Tensor, lengths: Sequence[int]) -> bool:
     """Whether the kernels fit this call."""
-    return max(lengths) <= LONGEST and layer.block.activation in kernels.KINDS
+    plain = hidden_1TM.device.type == "cpu" and not any(linear.state for linear in layer.linears)
+    return plain and max(lengths) <= LONGEST and layer.block.activation in kernels.KINDS
 
 
 class NativeLayer(torch.autograd.Function):
-    """`DecoderLayer` on hidden states [T, M]; cos and sin are [T, E], `lengths` those of the documents."""
+    """`DecoderLayer` on hidden states [T, M]; cos and sin are [T, E], `where` tells of the documents."""
 
     @staticmethod
     def forward(
@@ -38,11 +40,11 @@ class NativeLayer(torch.autograd.Function):
         layer: DecoderLayer,
         cos_TE: Tensor,
         sin_TE: Tensor,
-        lengths: Sequence[int],
+        where: Documents,
         *trained: Tensor,
     ) -> Tensor:
         x_TM, cos_TE, sin_TE, dtype = x_TM.contiguous(), cos_TE.contiguous(), sin_TE.contiguous(), x_TM.dtype
-        heads = _heads(layer, lengths)
+        heads = _heads(layer, where.lengths)
         first, second = layer.attention_norm, layer.block_norm
         inputs, output = joint(layer.inputs, dtype), joint([layer.output], dtype)
         room, width = inputs.room(x_TM), x_TM.shape[1]

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_cli.engine.fused import documents, pointwise
+from lora_cli.engine.fused.documents import Documents
+from lora_cli.engine.fused.linear import Adapted, Gradients, Joined
 from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.fused.native.tiles import TileJoint, joint
 from lora_cli.engine.fused.pointwise import Activation
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ def holds(sizes: Sizes, dtype: torch.dtype) -> bool:
         for kind in {torch.float32, dtype}
         for found, expected in (
             *(*_attention(sizes, kind), *_norms(sizes, kind)),
-            *(*_gates(sizes, kind), *_losses(sizes, kind)),
+            *(*_gates(sizes, kind), *_losses(sizes, kind), *_products(sizes, kind)),
         )
     )
 
@@ -85,15 +88,15 @@ def _attention(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tenso
     turned = rows.clone()
     kernels.rotate(turned, query + key, cos, sin)
     for part in split[:2]:
-        pointwise.rotate(part, cos.float()[:, None], sin.float()[:, None])
+        pointwise.rotate(part, cos.float(), sin.float())
     yield turned, torch.cat(split, dim=1).flatten(1)
     out, log_sums = kernels.attend(rows, heads)
     split = [t.contiguous() for t in rows.unflatten(1, (-1, sizes.head)).float().split((query, key, key), dim=1)]
-    expected, kept = documents.attend(*split, _LENGTHS, heads.scale)
+    expected, kept = documents.attend(*split, Documents(_LENGTHS), heads.scale)
     yield out, expected.flatten(1)
     grad = _random(dtype, 4, tokens, heads.width)
     back = kernels.attend_back(grad, out, log_sums, rows, heads).unflatten(1, (-1, sizes.head))
-    grads = documents.attend_back(grad.float().view_as(expected), expected, kept, _LENGTHS, heads.scale)
+    grads = documents.attend_back(grad.float().view_as(expected), expected, kept, Documents(_LENGTHS), heads.scale)
     yield from zip(back.split((query, key, key), dim=1), grads, strict=True)
 
 
@@ -105,7 +108,7 @@ def _norms(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     scale = pointwise.rms_scale(added, _EPS)
     yield normed, pointwise.rms_norm(added.float(), scale, weight.float())
     back = kernels.rms_norm_back(grad.clone(), added, weight, more, _EPS)
-    yield back, pointwise.rms_norm_back(grad.float(), added.float(), scale, weight.float()) + more.float()
+    yield back, pointwise.rms_norm_back(grad.float(), added.float(), scale, weight.float(), more.float())
 
 
 def _gates(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -134,3 +137,36 @@ def _losses(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]
     expected = torch.nn.functional.cross_entropy(wanted, targets, reduction="none")
     yield kernels.cross_entropy(logits, targets), expected.detach()
     yield logits, torch.autograd.grad(expected.sum(), wanted)[0]
+
+
+def _products(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of what runs on matrix tiles; anything else is PyTorch's own product."""
+    query, key = sizes.query_heads * sizes.head, sizes.key_heads * sizes.head
+    shapes = [(sizes.hidden, (query, key, key)), (query, (sizes.hidden,)), (sizes.hidden, (sizes.intermediate,) * 2)]
+    for inputs, outputs in (*shapes, (sizes.intermediate, (sizes.hidden,))):
+        layers = [
+            Adapted(
+                _random(dtype, 12, o, inputs),
+                None,
+                _random(torch.float32, 13, 5, inputs),
+                _random(dtype, 14, o, 5).float(),
+                0.5,
+            )
+            for o in outputs
+        ]
+        tried = joint(layers, dtype)
+        if isinstance(tried, TileJoint):
+            yield from _product(tried, layers, _random(dtype, 15, 70, inputs), _random(dtype, 16, 70, sum(outputs)))
+
+
+def _product(tried: TileJoint, layers: list[Adapted], x: Tensor, grad: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    wide = [Adapted(layer.weight.float(), None, layer.a, layer.b, layer.scale) for layer in layers]
+    exact = Joined(wide, torch.float32)
+    parts = grad.float().split([layer.outputs for layer in layers], dim=1)
+    room = tried.room(x)
+    room[:, : x.shape[1]] = x
+    yield tried.project(room), torch.cat(exact.project(x.float()), dim=1)
+    gradients, into = Gradients(exact), torch.empty(x.shape)
+    gradients.add(x.float(), parts, into)
+    yield tried.back(grad), into
+    yield from zip(tried.gradients(room[:, : x.shape[1]], grad), gradients.results(), strict=True)
