@@ -37,17 +37,16 @@ def cuda_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+_LIKE = ("base", "checkpointing")
+
+
+def _is_ours(row: Row) -> bool:
+    return "error" not in row and row["way"] in ("lora", "lora-ckpt", "qlora", "qlora-ckpt")
+
+
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     """What stands behind way and base. lora is compared as it is by default, with the same base and checkpointing."""
-    like = ("base", "checkpointing")
-    ours = next(
-        (
-            each
-            for each in rows
-            if each["tool"] == "lora" and "error" not in each and all(each[k] == row[k] for k in like)
-        ),
-        None,
-    )
+    ours = next((each for each in rows if _is_ours(each) and all(each[key] == row[key] for key in _LIKE)), None)
     faster = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} times" if ours else "-"
     timed, peak = row["timed_seconds"], row["matmul_peak_flops"]
     share = 4 * row["multiplied_parameters"] * row["tokens_per_second"] / peak if peak else None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cuda_ways import PEER_IMPORTS, CudaWay
+from bench.cuda_ways import CudaWay
 from bench.cuda_world import Shape
 
 WATCH = Path(__file__).parent / "watch.py"
@@ -105,7 +105,7 @@ class Child:
 
 def warmed(ways: Sequence[CudaWay], asked: Asked) -> list[subprocess.Popen[bytes]]:
     """Processes that import what the ways' tools import, so that no way pays for a cold disk; they see no card."""
-    modules = {"trl": f"trl,{PEER_IMPORTS}", "unsloth": "unsloth,trl"}
+    modules = {"lora": "peft, bitsandbytes", "trl": "trl, peft, bitsandbytes", "unsloth": "unsloth, trl"}
     (asked.folder / "warm").mkdir()
     return [
         subprocess.Popen(

@@ -134,6 +134,7 @@ def row(way: str, tool: str, speed: float, **others: object) -> dict[str, object
 def test_the_table_compares_like_with_like() -> None:
     failed = {"error": "exit code 1", "last_lines": "Traceback\nValueError: no | here"}
     rows = [
+        row("lora-unfused", "lora", 12_345.0),
         row("lora", "lora", 20_480.0),
         row("peer", "trl", 10_240.0),
         row("peer ckpt", "trl", 8_192.0, checkpointing=True),
@@ -141,7 +142,7 @@ def test_the_table_compares_like_with_like() -> None:
     ]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in cuda_table(rows).splitlines()]
     assert len({len(line) for line in lines}) == 1
-    _, _, ours, peer, other, broken = lines
+    _, _, _, ours, peer, other, broken = lines
     assert ours[2:6] == ["20,480", "1.00 times", "51.2%", "200.0 (200.0 to 300.0)"]
     assert peer[3] == "2.00 times" and peer[6:10] == ["3.0 GiB", "4.0 GiB", "-", "11.5 s"]
     assert other[3] == "-"
