@@ -20,6 +20,7 @@ from typing import Any
 
 from bench.cuda_ways import CudaWay
 from bench.cuda_world import Shape
+from bench.watch import TOLD_LATER
 
 WATCH = Path(__file__).parent / "watch.py"
 
@@ -52,7 +53,7 @@ class Child:
         steps = len(way.ladder) or asked.steps
         options = ["--each"] if way.ladder else []
         options += ["--profile", str(more), "--ready", str(self.ready), "--import", way.imports]
-        program = way.program(asked.folder, asked.shape, steps + more + 1)
+        program = way.program(asked.folder, asked.shape, steps + (0 if way.ladder else TOLD_LATER))
         self._out = self.log.open("w", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, str(WATCH), str(self.report), str(steps), *options, "--", *program],
