@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cuda_ways import CUDA_WAYS
+
 Row = dict[str, Any]
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 _HEAD = (
@@ -114,4 +116,6 @@ def _section(file: Path) -> str:
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     peak = first["matmul_peak_flops"] / 1e12
     head = f"{first['card']}, driver {first['driver']}; bf16 product {peak:.0f} TFLOP/s; {said}."
-    return f"{head} Rows: [measurements/{file.name}](measurements/{file.name}).\n\n{cuda_table(rows)}"
+    missing = [f"`{way.name}`" for way in CUDA_WAYS if way.name not in found]
+    absent = f"\n\nNot measured: {', '.join(missing)}." if missing else ""
+    return f"{head} Rows: [measurements/{file.name}](measurements/{file.name}).\n\n{cuda_table(rows)}{absent}"

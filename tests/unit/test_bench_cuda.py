@@ -178,6 +178,8 @@ def test_the_page_keeps_a_way_that_was_measured_before_it_failed(tmp_path: Path)
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "NVIDIA X, driver 1.2; bf16 product 800 TFLOP/s; torch 2.11.0." in text
     assert "20,480" in text and "MemoryError" not in text
+    absent = next(line for line in text.splitlines() if line.startswith("Not measured: "))
+    assert "`trl`" in absent and "`lora`" not in absent
 
 
 def test_a_watched_program_is_timed_and_ended(tmp_path: Path) -> None:
