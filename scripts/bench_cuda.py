@@ -47,7 +47,7 @@ def main() -> int:
     ways = chosen(arguments.only, lambda way: not installed(way, packages))
     profiled = frozenset((arguments.profile or "").split(","))
     asked = Asked(fresh_folder(arguments.world), SHAPES[name], arguments.steps, profiled, packages)
-    first, warming = Child(ways[0], asked), warmed(ways[1:], asked)  # while the world is made
+    first, warming = Child(ways[0], asked), warmed(ways, asked)  # while the world is made
     made = make_world(asked.folder, name, arguments.steps, arguments.longest)
     print(f"world: {made['seconds']}, bf16 peak {made['matmul_peak_flops'] / 1e12:.0f} TFLOP/s", flush=True)
     common = {"matmul_peak_flops": made["matmul_peak_flops"], "commit": arguments.commit or commit(), **card()}

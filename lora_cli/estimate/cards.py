@@ -2,8 +2,8 @@
 
 PyTorch sees less than nvidia-smi, by what the driver keeps: an H100 has 81,559 MiB there (modal-labs/modal-client#2797)
 and 79.11 GiB here. The figures are those of PyTorch's own errors, "GPU 0 has a total capacity of ... GiB", the lowest
-that were found; drivers and ECC move them a little. None has been measured by this project: `torch.cuda.mem_get_info`
-tells the truth of a card at hand, and `train` asks it.
+that were found; drivers and ECC move them a little. The H200 alone has been measured by this project:
+`torch.cuda.mem_get_info` tells the truth of a card at hand, and `train` asks it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Card:
     """Memory that PyTorch sees."""
     capability: tuple[int, int]
     source: str = ""
-    """Who says so: an issue on GitHub, or `logs`, where public logs and notes name the card beside the figure and a
-    search of GitHub's code finds them. Empty: common on cards of this size, and no report names this one."""
+    """Who says so: `measured` by this project, an issue on GitHub, or `logs`, where public logs and notes name the card
+    beside the figure and a search of GitHub's code finds them. Empty: common on cards of this size, and no report names
+    this one."""
 
     @property
     def memory_bytes(self) -> int:
@@ -53,7 +54,7 @@ CARDS = (
     Card("a6000-48gb", 47.40, (8, 6)),
     Card("a100-80gb", 79.14, (8, 0), "vllm-project/vllm#4408, 79.15 there"),
     Card("h100-80gb", 79.11, (9, 0), "vllm-project/vllm#27508"),
-    Card("h200-141gb", 139.80, (9, 0), "logs"),
+    Card("h200-141gb", 139.80, (9, 0), "measured"),
     Card("b200-180gb", 178.35, (10, 0), "logs"),
 )
 

@@ -44,9 +44,20 @@ def read_architecture(model: ModelConfig) -> PretrainedConfig:
         raise _explain(error, model) from error
     if getattr(config.get_text_config(), "vocab_size", 1) in (0, None):
         raise ModelError(f"model.name_or_path {name}: its config.json has no vocabulary (vocab_size 0)")
+    _check_heads(name, config.get_text_config())
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model.name_or_path {name}: {config.model_type} is an encoder-decoder, not a causal LM")
     return config
+
+
+def _check_heads(name: str, text: PretrainedConfig) -> None:
+    """Grouped heads that don't divide: transformers builds such a model, and some kernels run it as something else."""
+    heads, groups = (getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and (groups < 1 or heads % groups):
+        raise ModelError(
+            f"model.name_or_path {name}: its config.json has {heads} attention heads and {groups} heads of keys and "
+            "values (num_key_value_heads), which don't divide them"
+        )
 
 
 def code_left_out(model: ModelConfig, config: PretrainedConfig) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cuda_ways import CUDA_WAYS
+
 Row = dict[str, Any]
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
 _HEAD = (
@@ -37,17 +39,16 @@ def cuda_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+_LIKE = ("base", "checkpointing")
+
+
+def _is_ours(row: Row) -> bool:
+    return "error" not in row and row["way"] in ("lora", "lora-ckpt", "qlora", "qlora-ckpt")
+
+
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     """What stands behind way and base. lora is compared as it is by default, with the same base and checkpointing."""
-    like = ("base", "checkpointing")
-    ours = next(
-        (
-            each
-            for each in rows
-            if each["tool"] == "lora" and "error" not in each and all(each[k] == row[k] for k in like)
-        ),
-        None,
-    )
+    ours = next((each for each in rows if _is_ours(each) and all(each[key] == row[key] for key in _LIKE)), None)
     faster = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} times" if ours else "-"
     timed, peak = row["timed_seconds"], row["matmul_peak_flops"]
     share = 4 * row["multiplied_parameters"] * row["tokens_per_second"] / peak if peak else None
@@ -115,4 +116,6 @@ def _section(file: Path) -> str:
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     peak = first["matmul_peak_flops"] / 1e12
     head = f"{first['card']}, driver {first['driver']}; bf16 product {peak:.0f} TFLOP/s; {said}."
-    return f"{head} Rows: [measurements/{file.name}](measurements/{file.name}).\n\n{cuda_table(rows)}"
+    missing = [f"`{way.name}`" for way in CUDA_WAYS if way.name not in found]
+    absent = f"\n\nNot measured: {', '.join(missing)}." if missing else ""
+    return f"{head} Rows: [measurements/{file.name}](measurements/{file.name}).\n\n{cuda_table(rows)}{absent}"

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cuda_ways import PEER_IMPORTS, CudaWay
+from bench.cuda_ways import CudaWay
 from bench.cuda_world import Shape
+from bench.watch import TOLD_LATER
 
 WATCH = Path(__file__).parent / "watch.py"
 
@@ -52,7 +53,7 @@ class Child:
         steps = len(way.ladder) or asked.steps
         options = ["--each"] if way.ladder else []
         options += ["--profile", str(more), "--ready", str(self.ready), "--import", way.imports]
-        program = way.program(asked.folder, asked.shape, steps + more + 1)
+        program = way.program(asked.folder, asked.shape, steps + (0 if way.ladder else TOLD_LATER))
         self._out = self.log.open("w", encoding="utf-8")
         self.process = subprocess.Popen(
             [sys.executable, str(WATCH), str(self.report), str(steps), *options, "--", *program],
@@ -105,7 +106,7 @@ class Child:
 
 def warmed(ways: Sequence[CudaWay], asked: Asked) -> list[subprocess.Popen[bytes]]:
     """Processes that import what the ways' tools import, so that no way pays for a cold disk; they see no card."""
-    modules = {"trl": f"trl,{PEER_IMPORTS}", "unsloth": "unsloth,trl"}
+    modules = {"lora": "peft, bitsandbytes", "trl": "trl, peft, bitsandbytes", "unsloth": "unsloth, trl"}
     (asked.folder / "warm").mkdir()
     return [
         subprocess.Popen(

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from bench.cuda_world import Shape, lora_settings
 
 HERE = Path(__file__).parent
-LORA_IMPORTS = "torch,transformers,peft,bitsandbytes,datasets,lora_cli.train.run"
+PEER_IMPORTS = "torch,transformers,datasets,accelerate,transformers.models.llama.modeling_llama"
+LORA_IMPORTS = f"{PEER_IMPORTS},lora_cli.train.run"
 LADDER_TOOLS: tuple[Literal["lora", "trl", "unsloth"], ...] = ("lora", "trl", "unsloth")
-PEER_IMPORTS = "torch,transformers,peft,bitsandbytes,datasets"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class CudaWay:
 
     @property
     def imports(self) -> str:
-        """Modules that can be imported before the card is free; Unsloth looks at the card when it is imported."""
+        """Modules that can be imported before the card is free: bitsandbytes, which PEFT imports, takes memory on it
+        when it is imported, and so does Unsloth."""
         return {"lora": LORA_IMPORTS, "unsloth": ""}.get(self.tool, PEER_IMPORTS)
 
     def program(self, folder: Path, shape: Shape, steps: int) -> list[str]:

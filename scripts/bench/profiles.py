@@ -21,7 +21,7 @@ CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("matrix products", r"gemm|gemv|nvjet|cutlass|wgmma|splitk|cublas|_mm\b|matmul|s16816|xmma"),
         ("optimizer", r"multi_tensor|adam|lpnorm|foreach"),
         ("collectives", r"nccl"),
-        ("Triton", r"triton|^_[a-z0-9_]+$|^[a-z0-9_]+_(kernel|forward|backward)$"),
+        ("Triton", r"^[a-z_][a-z0-9_]*$"),
         ("reductions", r"reduce_kernel|reduce"),
         ("elementwise", r"elementwise|vectorized|at::native"),
     )

@@ -4,8 +4,8 @@
     python watch.py REPORT STEPS ... -- -m MODULE ARGUMENT...
 
 PyTorch's hook behind every optimizer step leaves an event on the device's stream: nothing waits, so that the program
-runs as it would alone. After STEPS the report is written, the profiler sees N more, and with the step after that the
-process ends; nothing is saved, since what a trainer does behind its last step isn't asked for. With `--ready`, the
+runs as it would alone. After STEPS the report is written, the profiler sees N more, at most 2, and with the third step
+the process ends; nothing is saved, since what a trainer does behind its last step isn't asked for. With `--ready`, the
 modules are imported, the file is made, and a line on standard input is waited for: a process can import while the one
 before it still has the card. With `--each`, the report is written behind each step, with the step's own peak of memory:
 that waits for the device. Knows nothing of the program.
@@ -24,6 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+TOLD_LATER = 3
+"""Steps that are taken behind those that are measured; the profiler sees some of them."""
 BORN = time.perf_counter()
 
 
@@ -67,8 +69,8 @@ class Watch:
                 self._start_profiler()
         if len(self.marks) == self.steps + self.profiled and self.profiler is not None:
             self._stop_profiler()
-        # One more, so that the loss of the last one is told; but not where a step can take minutes.
-        if len(self.marks) + self.each > self.steps + self.profiled:
+        # A few more, since a trainer may tell of a step's loss two steps later; none where a step can take minutes.
+        if len(self.marks) >= self.steps + (0 if self.each else TOLD_LATER):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)

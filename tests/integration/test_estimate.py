@@ -178,6 +178,7 @@ def test_expandable_segments_come_from_the_environment_unless_said(
             "train.batch_size=64",
             "train.gradient_checkpointing=false",
             "data.max_length=700",
+            "train.fused=false",
         )
         heavy = [part for setting in large for part in ("--set", setting)]
         assert lora("estimate-vram", str(config), "--json", *heavy, *arguments) == 0

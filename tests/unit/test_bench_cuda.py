@@ -91,6 +91,9 @@ def test_weights_written_through_memory_maps_are_read_back(tmp_path: Path) -> No
         ("void at::native::reduce_kernel<512, 1, x>", "reductions"),
         ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*)", "dequantize"),
         ("_swiglu_backward_kernel", "Triton"),
+        ("gated_back", "Triton"),
+        ("rms_norm", "Triton"),
+        ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_TNT", "matrix products"),
         ("triton_red_fused_mul_sum_3", "Triton"),
         ("liger_cross_entropy_kernel", "cross-entropy"),
         ("void (anonymous namespace)::softmax_warp_forward<x>", "cross-entropy"),
@@ -134,6 +137,7 @@ def row(way: str, tool: str, speed: float, **others: object) -> dict[str, object
 def test_the_table_compares_like_with_like() -> None:
     failed = {"error": "exit code 1", "last_lines": "Traceback\nValueError: no | here"}
     rows = [
+        row("lora-unfused", "lora", 12_345.0),
         row("lora", "lora", 20_480.0),
         row("peer", "trl", 10_240.0),
         row("peer ckpt", "trl", 8_192.0, checkpointing=True),
@@ -141,7 +145,7 @@ def test_the_table_compares_like_with_like() -> None:
     ]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in cuda_table(rows).splitlines()]
     assert len({len(line) for line in lines}) == 1
-    _, _, ours, peer, other, broken = lines
+    _, _, _, ours, peer, other, broken = lines
     assert ours[2:6] == ["20,480", "1.00 times", "51.2%", "200.0 (200.0 to 300.0)"]
     assert peer[3] == "2.00 times" and peer[6:10] == ["3.0 GiB", "4.0 GiB", "-", "11.5 s"]
     assert other[3] == "-"
@@ -174,10 +178,12 @@ def test_the_page_keeps_a_way_that_was_measured_before_it_failed(tmp_path: Path)
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "NVIDIA X, driver 1.2; bf16 product 800 TFLOP/s; torch 2.11.0." in text
     assert "20,480" in text and "MemoryError" not in text
+    absent = next(line for line in text.splitlines() if line.startswith("Not measured: "))
+    assert "`trl`" in absent and "`lora`" not in absent
 
 
 def test_a_watched_program_is_timed_and_ended(tmp_path: Path) -> None:
-    """Twenty steps on a CPU, of which two are seen and a third ends the process; one on `meta` doesn't count."""
+    """Twenty steps on a CPU, of which two are seen and the fifth ends the process; one on `meta` doesn't count."""
     program = tmp_path / "program.py"
     program.write_text(
         "import sys, torch\n"
@@ -195,7 +201,7 @@ def test_a_watched_program_is_timed_and_ended(tmp_path: Path) -> None:
     watch = Path(__file__).parents[2] / "scripts" / "bench" / "watch.py"
     command = [sys.executable, str(watch), str(report), "2", "--", str(program), "argument"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    assert done.stdout.split("\n")[:-1] == ["meta 0 argument", "cpu 0 argument", "cpu 1 argument"]
+    assert done.stdout.split("\n")[:-1] == ["meta 0 argument", *(f"cpu {n} argument" for n in range(4))]
     found = json.loads(report.read_text())
     assert len(found["step_seconds"]) == 1 and np.isfinite(found["step_seconds"]).all()
     assert found["first_step_seconds"] > 0 and found["versions"]["torch"] == torch.__version__

@@ -96,7 +96,9 @@ def dense(packed: Tensor, state: QuantState) -> Tensor:
     )
     sizes = {"SIZE": state.blocksize, "SIZE_2": 0 if nested is None else nested.blocksize, "BLOCK": _FLAT}
     count = out.numel() // 2
-    _launch("unpack_4_bits", -(-count // _FLAT), packed, *tables, out, count, **sizes, num_warps=4)
+    # Without joined multiplications and additions, which round once where bitsandbytes rounds twice.
+    settings = {"num_warps": 4, "enable_fp_fusion": False}
+    _launch("unpack_4_bits", -(-count // _FLAT), packed, *tables, out, count, **sizes, **settings)
     return out
 
 

@@ -37,8 +37,8 @@ def asked_for(environment: Mapping[str, str]) -> bool:
 class ExpandableAllocator(CachingAllocator):
     """One card's allocator."""
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
-        super().__init__(capacity_bytes)
+    def __init__(self, capacity_bytes: int | None = None, *, rising_below: int = 0) -> None:
+        super().__init__(capacity_bytes, rising_below=rising_below)
         self._holes: dict[bool, list[int]] = {}
         for small, start in ((True, _RANGE), (False, 2 * _RANGE)):
             self._blocks[start] = Block(start, _RANGE, small, free=False, mapped=False)

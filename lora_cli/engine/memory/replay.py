@@ -30,7 +30,8 @@ def replay(trace: Trace, *, since: str = "load", capacity_bytes: int | None = No
     Raises:
         OutOfCard: `capacity_bytes` doesn't hold it.
     """
-    allocator = (ExpandableAllocator if expandable else CachingAllocator)(capacity_bytes)
+    kind = ExpandableAllocator if expandable else CachingAllocator
+    allocator = kind(capacity_bytes, rising_below=trace.rising_below)
     marks = defaultdict(list)
     for position, name in trace.marks:
         marks[position].append(name)

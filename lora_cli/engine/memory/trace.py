@@ -39,6 +39,9 @@ class Trace:
     flops: dict[str, int] = field(default_factory=dict)
     """Floating-point operations of matrix products and attention since each mark of a step: `step 1`, `step 2`."""
 
+    rising_below: int = 0
+    """Of the card that it is meant for: `allocator.rising_below`."""
+
     def mark(self, name: str) -> None:
         self.marks.append((len(self.events), name))
         if name.startswith("step "):
@@ -61,7 +64,7 @@ class Trace:
     def with_workspace(self, size_bytes: int) -> Trace:
         """The same trace with libraries' lasting workspaces of another size."""
         births = [replace(b, size_bytes=size_bytes) if b.operator == WORKSPACE else b for b in self.births]
-        return Trace(births, self.events, self.marks, self.flops)
+        return replace(self, births=births)
 
     def alive_after(self, count: int) -> Iterator[int]:
         """Storages alive after the first `count` events."""

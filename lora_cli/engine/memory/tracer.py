@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_cli.engine.memory.allocator import rising_below
 from lora_cli.engine.memory.operations import flops_of
 from lora_cli.engine.memory.scratch import LT_WORKSPACE_BYTES, Scratch, libraries, workspace_bytes
 from lora_cli.engine.memory.shapes import KnownShapes
@@ -43,7 +44,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, device_type: str, target: Target, vocabulary: int | None = None, *, truth: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trace = Trace()
+        self.trace = Trace(rising_below=rising_below(target.capability))
         self.phase = "load"
         self.place = ""
         self._device_type = device_type
@@ -53,6 +54,7 @@ class Tracer(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._truth = truth
         self._aside = False
+        self._in_engine = False
         self._within = False
         self._alive: dict[int, int] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
@@ -67,8 +69,12 @@ class Tracer(TorchDispatchMode):
         run_backward = vars(torch.autograd)["_engine_run_backward"]  # perhaps wrapped already
 
         def in_phase(*args: Any, **kwargs: Any) -> Any:
-            with self.during("backward") if kwargs.get("accumulate_grad") else nullcontext():
-                return run_backward(*args, **kwargs)
+            before, self._in_engine = self._in_engine, True
+            try:
+                with self.during("backward") if kwargs.get("accumulate_grad") else nullcontext():
+                    return run_backward(*args, **kwargs)
+            finally:
+                self._in_engine = before
 
         self._patch = mock.patch("torch.autograd._engine_run_backward", in_phase)
         self._patch.start()
@@ -111,9 +117,10 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _take_workspaces(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Those that a thread asks for the first time; the backward pass has a thread of its own."""
+        """Those that a thread asks for the first time; autograd's engine has one of its own for a card, which also runs
+        the gradients that the loss takes on the way there."""
         for library in libraries(func, args):
-            key = (library, self.phase == "backward")
+            key = (library, self._in_engine)
             if key not in self._taken:
                 self._taken.add(key)
                 operator = WORKSPACE if library == "cublas" else library
