@@ -240,7 +240,7 @@ class TrainConfig(Section):
     """chunked never holds all logits. full is transformers' own loss, for comparisons."""
 
     fused: bool = True
-    """Layers of known make run on a CPU by arithmetic that is proven equal to their own at start-up, and faster."""
+    """Layers of known make run by arithmetic that is proven equal to their own at start-up, and faster."""
 
     logging_steps: Count = 10
     """Steps between two lines of metrics."""
