@@ -1,7 +1,7 @@
 """The compiled C on tensors: RMS norms, rotary positions, gated activations, attention by document, cross-entropy.
 
-Tensors are of float32 or bfloat16, on the CPU, contiguous; what is written to may have longer rows. Raises MemoryError where C found none.
-Dimension names: T tokens, M model width, I intermediate width, H query heads, K key heads, E head size, V vocabulary.
+Tensors are of float32 or bfloat16, on the CPU, contiguous; what is written to may have longer rows. Raises MemoryError
+where C found none. Dimension names: T tokens, M model width, I intermediate width, H query heads, K key heads, E head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def pair_rows(weights_OI: Sequence[Tensor]) -> Paired:
 def tile_product(
     left: Tensor, right: Paired, out: Tensor, bias: Tensor | None = None, more: tuple[Tensor, Paired] | None = None
 ) -> None:
-    """out [T, columns] = left right, plus bias, plus the product of two `more`, whose right side is one of `pair_rows`."""
+    """out [T, columns] = left right, plus bias, plus the product of two `more`, the right one of `pair_rows`."""
     first = (left.shape[1], left.data_ptr(), left.stride(0), right.pairs.data_ptr(), right.row, right.panel)
     second: tuple[int | None, ...] = (0, None, 0, None)
     if more is not None:
