@@ -1,7 +1,9 @@
 """The compiled C on tensors: RMS norms, rotary positions, gated activations, attention by document, cross-entropy.
 
 Tensors are of float32 or bfloat16, on the CPU, contiguous; what is written to may have longer rows. Raises MemoryError
-where C found none. Dimension names: T tokens, M model width, I intermediate width, H query heads, K key heads, E head size, V vocabulary.
+where C found none.
+
+Dimension names: T tokens, M model width, I intermediate width, H query heads, K key heads, E head size, V vocabulary.
 """
 
 from __future__ import annotations
