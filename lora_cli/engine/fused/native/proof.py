@@ -92,7 +92,7 @@ def _attention(sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tenso
     yield turned, torch.cat(split, dim=1).flatten(1)
     out, log_sums = kernels.attend(rows, heads)
     split = [t.contiguous() for t in rows.unflatten(1, (-1, sizes.head)).float().split((query, key, key), dim=1)]
-    expected, kept = documents.attend(*split, Documents(_LENGTHS), heads.scale)
+    expected, kept = documents.attend(split[0], split[1], split[2], Documents(_LENGTHS), heads.scale)
     yield out, expected.flatten(1)
     grad = _random(dtype, 4, tokens, heads.width)
     back = kernels.attend_back(grad, out, log_sums, rows, heads).unflatten(1, (-1, sizes.head))

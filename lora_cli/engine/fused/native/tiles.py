@@ -9,6 +9,7 @@ Dimension names: T tokens, I inputs, O outputs of all layers, R ranks of all lay
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ def joint(layers: Sequence[Adapted], dtype: torch.dtype) -> Joint:
     whole = inputs % 16 == 0 and sum(outputs) % 32 == 0 and all(count % 2 == 0 for count in outputs)
     small = inputs * sum(outputs) <= LARGEST
     return TileJoint(layers, dtype) if narrow and whole and small and kernels.has_tiles() else Joint(layers, dtype)
+
+
+class _Own(NamedTuple):
+    """An adapter."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
 
 
 class TileJoint(Joint):
@@ -51,8 +60,8 @@ class TileJoint(Joint):
         self._fill(room)
         whole = torch.zeros(self.outputs[-1].stop, self.depth, dtype=torch.bfloat16)
         whole[:, : self.inputs] = self._frozen()
-        for layer, outputs, ranks in self._adapted():
-            whole[outputs, self.inputs + ranks.start : self.inputs + ranks.stop] = layer.b * layer.scale
+        for own, outputs, ranks in self._adapted():
+            whole[outputs, self.inputs + ranks.start : self.inputs + ranks.stop] = own.b * own.scale
         out = torch.empty(len(room), len(whole), dtype=torch.bfloat16)
         kernels.tile_product(room, kernels.pair_along(whole), out, bias=self._bias(room))
         return out
@@ -60,8 +69,8 @@ class TileJoint(Joint):
     def back(self, grad_TO: Tensor) -> Tensor:
         into = self.room(grad_TO)[:, : self.inputs]
         low = torch.zeros(self.rank, self.inputs, dtype=torch.bfloat16)
-        for layer, _, ranks in self._adapted():
-            low[ranks] = layer.a * layer.scale
+        for own, _, ranks in self._adapted():
+            low[ranks] = own.a * own.scale
         right = kernels.pair_rows([layer.weight for layer in self.layers])
         kernels.tile_product(grad_TO, right, into, more=(self._low_back(grad_TO), kernels.pair_rows([low])))
         return into
@@ -72,15 +81,15 @@ class TileJoint(Joint):
         a_RI = kernels.tile_sums(self._low_back(grad_TO), x_TI)
         b_RO = kernels.tile_sums(room[:, self.inputs : self.inputs + self.rank], grad_TO)
         found = []
-        for layer, outputs, ranks in self._adapted():
-            found += [a_RI[ranks].mul_(layer.scale), b_RO[ranks, outputs].mul(layer.scale).t()]
+        for own, outputs, ranks in self._adapted():
+            found += [a_RI[ranks].mul_(own.scale), b_RO[ranks, outputs].mul(own.scale).t()]
         return found
 
     def _fill(self, room: Tensor) -> None:
         """x A' into the room, behind x."""
         low = torch.zeros(self.rank, self._low_depth, dtype=torch.bfloat16)
-        for layer, _, ranks in self._adapted():
-            low[ranks, : self.inputs] = layer.a
+        for own, _, ranks in self._adapted():
+            low[ranks, : self.inputs] = own.a
         out = room[:, self.inputs : self.inputs + self.rank]
         kernels.tile_product(room[:, : self._low_depth], kernels.pair_along(low), out)
 
@@ -88,14 +97,20 @@ class TileJoint(Joint):
         """[T, R]: each layer's gradient times its B, without its scale."""
         if self._back_TR is None:
             diagonal = torch.zeros(self.outputs[-1].stop, self.rank, dtype=torch.bfloat16)
-            for layer, outputs, ranks in self._adapted():
-                diagonal[outputs, ranks] = layer.b
+            for own, outputs, ranks in self._adapted():
+                diagonal[outputs, ranks] = own.b
             self._back_TR = torch.empty(len(grad_TO), self.rank, dtype=torch.bfloat16)
             kernels.tile_product(grad_TO, kernels.pair_rows([diagonal]), self._back_TR)
         return self._back_TR
 
-    def _adapted(self) -> list[tuple[Adapted, slice, slice]]:
-        return [each for each in zip(self.layers, self.outputs, self.ranks, strict=True) if each[0].rank]
+    def _adapted(self) -> list[tuple[_Own, slice, slice]]:
+        """Each adapter, and where its outputs and ranks stand."""
+        parts = zip(self.layers, self.outputs, self.ranks, strict=True)
+        return [
+            (_Own(layer.a, layer.b, layer.scale), outputs, ranks)
+            for layer, outputs, ranks in parts
+            if layer.a is not None and layer.b is not None
+        ]
 
     def _frozen(self) -> Tensor:
         weights = [layer.weight for layer in self.layers]
