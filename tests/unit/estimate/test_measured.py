@@ -47,5 +47,5 @@ def test_an_8b_run_takes_what_was_predicted(way: str, tmp_path: Path) -> None:
     computation = Rehearsals(architecture, prove_run(config, architecture)).computation(config, H200)
     found = replay(rehearse(config, architecture, computation, H200, MicroBatches(LENGTHS, 1)))
     assert found.peak_allocated_bytes == pytest.approx(measured["peak_allocated_bytes"], rel=1e-3)
-    # Under the release that was measured, transformers 5.17, to 0.3 %; others load in another order and leave other holes.
+    # To 0.3 % under transformers 5.17, which was measured; others load in another order and leave other holes.
     assert found.peak_reserved_bytes == pytest.approx(measured["peak_reserved_bytes"], rel=0.03)
