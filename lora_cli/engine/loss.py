@@ -279,7 +279,7 @@ def _cross_entropy_and_gradient(logits_CV: Tensor, targets_C: Tensor, native: bo
     """
     spent = _is_product(logits_CV)
     with torch.no_grad():
-        if logits_CV.is_cuda and (logits_CV.is_meta or card.available()):
+        if logits_CV.is_cuda and logits_CV.is_contiguous() and (logits_CV.is_meta or card.available()):
             return card.cross_entropy(logits_CV.detach(), targets_C, in_place=spent)
         if native and spent and logits_CV.dtype in kernels.DTYPES and logits_CV.is_contiguous():
             grad_CV = logits_CV.detach()

@@ -56,7 +56,8 @@ def _check_heads(name: str, text: PretrainedConfig) -> None:
     if isinstance(heads, int) and isinstance(groups, int) and (groups < 1 or heads % groups):
         raise ModelError(
             f"model.name_or_path {name}: its config.json has {heads} attention heads and {groups} heads of keys and "
-            "values (num_key_value_heads), which don't divide them"
+            "values (num_key_value_heads), which don't divide them",
+            remedy="Take config.json anew from where the model comes from; as it is, it can't be this model's.",
         )
 
 

@@ -1,8 +1,8 @@
 """The fused arithmetic's passes on a CUDA card: memory is taken here, where a rehearsal on `meta` sees it too, and what
 stands between products runs in one Triton kernel each.
 
-Tensors are contiguous, in bfloat16 or float16; scales and losses are float32. Dimension names: T tokens, M model
-width, I intermediate width, H heads, E head size, C positions of a chunk, V vocabulary.
+Tensors are contiguous, in bfloat16 or float16, logits also in float32; scales and losses are float32. Dimension names:
+T tokens, M model width, I intermediate width, H heads, E head size, C positions of a chunk, V vocabulary.
 """
 
 from __future__ import annotations

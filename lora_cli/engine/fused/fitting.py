@@ -248,7 +248,7 @@ def plain_call(
     cos, sin = positions
     if not _takes(layer, hidden_1TM, cos) or _window(module) < max(lengths):
         return None
-    return cos[0], sin[0], Documents(lengths, kwargs.get("cu_seq_lens_q"))
+    return cos[0].contiguous(), sin[0].contiguous(), Documents(lengths, kwargs.get("cu_seq_lens_q"))
 
 
 def _takes(layer: DecoderLayer, hidden_1TM: Tensor, cos_1TE: Tensor) -> bool:

@@ -74,7 +74,7 @@ class FusedLayer(torch.autograd.Function):
         recompute: bool,
         *trained: Tensor,
     ) -> Tensor:
-        products = Products(x_TM.dtype, keep=x_TM.is_cuda and not recompute)
+        x_TM, products = x_TM.contiguous(), Products(x_TM.dtype, keep=x_TM.is_cuda and not recompute)
         normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, where, products)
         out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, inner[2], products)
         ctx.layer, ctx.where, ctx.products = layer, where, None if recompute else products

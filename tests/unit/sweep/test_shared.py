@@ -138,6 +138,27 @@ def test_a_shared_step_is_the_step_of_each_alone(examples, model_type, packing, 
             torch.testing.assert_close(parameter, another.parameters[name], rtol=1e-5, atol=1e-6)
 
 
+def test_shared_layers_are_recomputed_under_checkpointing(examples, monkeypatch):
+    rows, run_layer, runs = {0: [0, 1, 2], 1: [4, 2]}, stack_module.run_layer, []
+    monkeypatch.setattr(stack_module, "run_layer", lambda *given: runs.append(given) or run_layer(*given))
+    computation = Computation("documents", "chunked", torch.float32, "eager", "layers")
+
+    def step(checkpointing):
+        runs.clear()
+        base = tiny.tiny_model("llama")
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        stack, learners = members(base, SEVERAL[:2], computation, fewest_tokens=0)
+        found = together(stack, learners, examples, rows)
+        return len(runs), [found[number] for number in rows], [learner.parameters for learner in learners]
+
+    plain, again = step(False), step(True)
+    assert (plain[0], again[0]) == (2, 4)
+    assert again[1] == plain[1]
+    for one, other in zip(plain[2], again[2], strict=True):
+        assert all(torch.equal(parameter, other[name]) for name, parameter in one.items())
+
+
 def test_who_else_is_there_changes_nothing(examples):
     computation = Computation("documents", "chunked", torch.float32, "eager")
     rows = {0: [0, 1, 2], 1: [0, 1, 2], 2: [0, 1, 2], 3: [0, 1, 2]}

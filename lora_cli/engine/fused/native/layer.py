@@ -43,7 +43,7 @@ class NativeLayer(torch.autograd.Function):
         where: Documents,
         *trained: Tensor,
     ) -> Tensor:
-        x_TM, cos_TE, sin_TE, dtype = x_TM.contiguous(), cos_TE.contiguous(), sin_TE.contiguous(), x_TM.dtype
+        x_TM, dtype = x_TM.contiguous(), x_TM.dtype
         heads = _heads(layer, where.lengths)
         first, second = layer.attention_norm, layer.block_norm
         inputs, output = joint(layer.inputs, dtype), joint([layer.output], dtype)
