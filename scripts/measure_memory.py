@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose id holds this")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the rows")
+    parser.add_argument("--out", type=Path, help="folder of the rows (docs/measurements; of a dry run, .bench)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this time")
     parser.add_argument("--case-seconds", type=float, default=90, help="end what takes longer")
     parser.add_argument("--processes", type=int, default=max(2, (os.cpu_count() or 2) - 2), help="at once")
@@ -51,11 +51,12 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     card = NO_CARD if arguments.dry_run else card_at_hand(pool)
     pool.card_bytes = int(0.92 * card["total_bytes"])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / f"memory-{card['card'].replace(' ', '-').lower()}.json"
+    folder = arguments.out or (Path(".bench") if arguments.dry_run else FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"memory-{card['card'].replace(' ', '-').lower()}.json"
     chosen = [case for case in cases() if arguments.only in case.id]
-    with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(Path(folder), card, file, BEGAN)
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = Plan(Path(scratch), card, file, BEGAN)
         if arguments.dry_run:
             tasks = plan.begin(DRY, alone=DRY[:1], edges=()) + plan.predicting(chosen)
         else:
