@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.page import put_between
+
 from lora_cli.config import Config
 from lora_cli.estimate import Estimate, estimate_vram
 
@@ -77,10 +79,7 @@ def main() -> None:
     if not write:
         print(table)
         return
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    put_between(PAGE, BEGIN, END, table)
 
 
 def rows() -> list[str]:

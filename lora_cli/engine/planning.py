@@ -23,7 +23,7 @@ from lora_cli.engine.memory.context import context_bytes
 from lora_cli.engine.memory.settling import UNASKED_TOKENS, Settled, settle_memory
 from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove_run
-from lora_cli.engine.target import Target
+from lora_cli.engine.target import target_of
 from lora_cli.engine.writes import planned_writes
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter, check_adapter_folder, unreached_by_all_linear
@@ -265,7 +265,7 @@ def _settle(config: Config, architecture: PretrainedConfig, proof: Proof, device
     if device.type == "cuda":
         emit(Working("estimating memory"))
         free, _ = torch.cuda.mem_get_info(device)
-        target = Target("cuda", torch.cuda.get_device_capability(device))
+        target = target_of(device)
         return settle_memory(config, architecture, proof, target, free + context_bytes(target))
     train = config.train
     tokens, checkpointing = train.micro_batch_tokens, train.gradient_checkpointing

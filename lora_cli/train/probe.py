@@ -15,7 +15,7 @@ import torch
 from lora_cli.config import Config
 from lora_cli.engine.memory.need import Rehearsals
 from lora_cli.engine.planning import Prepared, prepare
-from lora_cli.engine.target import CPU, Target
+from lora_cli.engine.target import target_of
 from lora_cli.engine.world import join_world
 from lora_cli.errors import LoraError
 from lora_cli.report.events import Emit, Working, ignore
@@ -89,7 +89,7 @@ def probe_speed(config: Config, emit: Emit = ignore) -> Speed:
 
 def _flops_per_token(prepared: Prepared, device: torch.device) -> float | None:
     """Of a full micro-batch of the longest examples: attention over shorter ones is less."""
-    target = Target("cuda", torch.cuda.get_device_capability(device)) if device.type == "cuda" else CPU
+    target = target_of(device)
     try:
         return Rehearsals(prepared.architecture, prepared.proof).need(prepared.config, target).flops_per_token
     except LoraError:

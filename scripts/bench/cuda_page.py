@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cuda_ways import CUDA_WAYS
+from bench.page import put_between
 
 Row = dict[str, Any]
 BEGIN, END = "<!-- cuda: begin -->", "<!-- cuda: end -->"
@@ -96,10 +97,7 @@ def write_cuda_page(measurements: Path, page: Path) -> None:
     for file in sorted(measurements.glob("longest-*.jsonl")):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         parts.append(f"One document in one step, {rows[0]['card']}; peak of allocated memory:\n\n{longest_table(rows)}")
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    body = "\n\n".join(parts) or "No rows have been measured yet."
-    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    put_between(page, BEGIN, END, "\n\n".join(parts) or "No rows have been measured yet.")
 
 
 def _section(file: Path) -> str:

@@ -49,13 +49,17 @@ def read_rows(path: Path) -> list[Row]:
     return list({row["way"]: row for row in rows}.values())
 
 
+def put_between(page: Path, begin: str, end: str, body: str) -> None:
+    """Put lines between two marks of a page, in the place of those that are there."""
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
+
+
 def write_page(path: Path, docs: Path) -> None:
     """Put table and plot of the rows in `path` into docs/speed.md and docs/speed.svg."""
     rows = read_rows(path)
-    page = docs / "speed.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    put_between(docs / "speed.md", BEGIN, END, table(rows))
     (docs / "speed.svg").write_text(plot(rows), encoding="utf-8")
 
 

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench.cuda_page import cuda_table, longest_table, write_cuda_page
 from bench.cuda_ways import CUDA_WAYS
-from bench.cuda_world import SHAPES, Shape, write_ladder, write_rows, write_safetensors
+from bench.cuda_weights import write_safetensors
+from bench.cuda_world import SHAPES, Shape, write_ladder, write_rows
 from bench.profiles import Kernel, busy, class_of, page_of
 from bench_cuda import figures
 

@@ -87,12 +87,8 @@ class Joined:
         self.kept_low: Tensor | None = None
         """What `low` came to in `project`, where it is kept."""
         self._keep_low = keep_low
-        self.columns = []
+        self.columns = slices([layer.rank for layer in layers])
         """Where each layer's ranks stand among those of all."""
-        end = 0
-        for layer in layers:
-            self.columns.append(slice(end, end + layer.rank))
-            end += layer.rank
         self._sums = [
             torch.addmm(layer.dense(), b_Or, layer.a)
             if self.exact and b_Or is not None and layer.a is not None
@@ -139,6 +135,15 @@ class Joined:
         if b_Or is not None:
             whole[:, width + columns.start : width + columns.stop] = b_Or
         return whole
+
+
+def slices(sizes: Sequence[int]) -> list[slice]:
+    """Where each of consecutive parts stands."""
+    parts, end = [], 0
+    for size in sizes:
+        parts.append(slice(end, end + size))
+        end += size
+    return parts
 
 
 class Products:

@@ -147,7 +147,7 @@ EXPORT int attend(int half, int64_t documents, const int64_t *order, const int64
                   float *log_sums) {
     Shape shape = {half, heads, keys, size, whole(size, WIDTH), stride, out_stride, 0, starts[documents], scale, qkv};
     if (tiles_fit(half, size)) return attend_on_tiles(&shape, documents, order, starts, out, log_sums);
-    int64_t longest = starts[order[0] + 1] - starts[order[0]], width = whole(longest, BLOCK), padded = shape.padded;
+    int64_t width = widest(order, starts), padded = shape.padded;
     int failed = 0;
 #pragma omp parallel
     {
@@ -277,7 +277,7 @@ EXPORT int attend_back(int half, int64_t documents, const int64_t *order, const 
                    starts[documents], scale, qkv};
     if (tiles_fit(half, size))
         return attend_back_on_tiles(&shape, documents, order, starts, out, grad, log_sums, qkv_grad);
-    int64_t longest = starts[order[0] + 1] - starts[order[0]], width = whole(longest, BLOCK), padded = shape.padded;
+    int64_t width = widest(order, starts), padded = shape.padded;
     int failed = 0;
 #pragma omp parallel
     {

@@ -20,6 +20,10 @@ typedef struct {
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
+/* The length of the longest document, which is the first in `order`, in whole blocks. */
+INLINE int64_t widest(const int64_t *order, const int64_t *starts) {
+    return whole(starts[order[0] + 1] - starts[order[0]], BLOCK);
+}
 
 #define UPPER(i, w) ((i) & (w) ? 16 + (i) - (w) : (i))
 #define LOWER(i, w) ((i) & (w) ? 16 + (i) : (i) + (w))

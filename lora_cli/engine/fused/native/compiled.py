@@ -46,10 +46,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compiler() -> str | None:
-    """The C compiler, `CC` first. Linux alone: elsewhere OpenMP comes in other ways."""
+    """The C compiler, `CC` first; what isn't GCC fails on its vector extensions. Linux alone: elsewhere OpenMP comes in
+    other ways."""
     if sys.platform != "linux":
         return None
-    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    names = (os.environ.get("CC", ""), "cc", "gcc")
     return next((found for name in names if name and (found := shutil.which(name)) is not None), None)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_cli.engine.fused.linear import Adapted
+from lora_cli.engine.fused.linear import Adapted, slices
 
 
 class Joint:
@@ -111,12 +111,3 @@ class Joint:
             return None
         pieces = [like.new_zeros(len(e.weight)) if e.bias is None else e.bias for e in self.layers]
         return torch.cat(pieces)
-
-
-def slices(sizes: Sequence[int]) -> list[slice]:
-    """Where each of consecutive parts stands."""
-    parts, end = [], 0
-    for size in sizes:
-        parts.append(slice(end, end + size))
-        end += size
-    return parts

@@ -20,12 +20,6 @@ static void copy_rows(const Shape *shape, const void *from, int64_t stride, int6
     memset(to + count * shape->size, 0, (size_t)(up_to - count) * bytes);
 }
 
-INLINE uvec rounded_bits(vec v) {
-    uvec bits = (uvec)v;
-    uvec nan = (uvec)(v != v);
-    return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
-}
-
 /* Scores, times `scale`, to e^(score - largest) in bfloat16, 0 from `seen` up to `end`; their sum, and the largest. */
 static float soften(float *scores, float scale, int64_t seen, int64_t end, uint16_t *weights, float *largest) {
     for (int64_t i = seen; i < whole(seen, WIDTH); i++) scores[i] = -INFINITY;
@@ -82,13 +76,9 @@ static void attend_head(const Shape *shape, const There *s, int64_t start, int64
     }
 }
 
-static int64_t longest_of(const int64_t *order, const int64_t *starts) {
-    return whole(starts[order[0] + 1] - starts[order[0]], BLOCK);
-}
-
 int attend_on_tiles(const Shape *shape, int64_t documents, const int64_t *order, const int64_t *starts, void *out,
                     float *log_sums) {
-    int64_t width = longest_of(order, starts), size = shape->size, keys = shape->keys, group = shape->heads / keys;
+    int64_t width = widest(order, starts), size = shape->size, keys = shape->keys, group = shape->heads / keys;
     int failed = 0;
 #pragma omp parallel
     {
@@ -223,7 +213,7 @@ static void across_back(const Shape *shape, const float *from, int64_t length, f
 
 int attend_back_on_tiles(const Shape *shape, int64_t documents, const int64_t *order, const int64_t *starts,
                          const void *out, const void *grad, const float *log_sums, void *qkv_grad) {
-    int64_t width = longest_of(order, starts), size = shape->size, keys = shape->keys, group = shape->heads / keys;
+    int64_t width = widest(order, starts), size = shape->size, keys = shape->keys, group = shape->heads / keys;
     int failed = 0;
 #pragma omp parallel
     {

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_cli.engine.fused.linear import Adapted
+from lora_cli.engine.fused.linear import Adapted, slices
 from lora_cli.engine.fused.native import kernels
-from lora_cli.engine.fused.native.joint import Joint, slices
+from lora_cli.engine.fused.native.joint import Joint
 
 LARGEST = 2**20
 """Values of a joint weight: as bfloat16, all that a second-level cache may hold."""

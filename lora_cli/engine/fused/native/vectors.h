@@ -1,5 +1,5 @@
-/* Vectors of sixteen floats, loaded from float32 or bfloat16 and stored as either; written for GCC's and clang's vector
- * extensions, so that -march=native decides what they become. */
+/* Vectors of sixteen floats, loaded from float32 or bfloat16 and stored as either; written for GCC's vector extensions,
+ * so that -march=native decides what they become. */
 
 #ifndef LORA_VECTORS_H
 #define LORA_VECTORS_H
@@ -47,15 +47,19 @@ INLINE vec load(const void *row, int64_t index, int half) {
     return (vec)(__builtin_convertvector(narrow, uvec) << 16);
 }
 
+/* The same for sixteen: the upper half of each word is the bfloat16. */
+INLINE uvec rounded_bits(vec v) {
+    uvec bits = (uvec)v;
+    uvec nan = (uvec)(v != v);
+    return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
+}
+
 INLINE void store(void *row, int64_t index, vec value, int half) {
     if (!half) {
         *(vec_at *)((float *)row + index) = value;
         return;
     }
-    uvec bits = (uvec)value;
-    uvec up = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    uvec nan = (uvec)(value != value);
-    *(hvec_at *)((uint16_t *)row + index) = __builtin_convertvector((up & ~nan) | (nan & 0x7fc0u), hvec);
+    *(hvec_at *)((uint16_t *)row + index) = __builtin_convertvector(rounded_bits(value) >> 16, hvec);
 }
 
 /* The address of a row of `stride` values. */
