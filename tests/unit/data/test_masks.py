@@ -112,6 +112,13 @@ def test_every_style_was_tried() -> None:
     assert len({style.name for style in STYLES}) == len(STYLES) >= 40
 
 
+def _shows_system(style: Style, messages: list[dict[str, str]]) -> bool:
+    """Whether there is a system prompt and the template writes anything of it: of an empty one it may not."""
+    if messages[0]["role"] != "system":
+        return False
+    return rendered(style, messages[:2]) != rendered(style, messages[1:2])
+
+
 def _squeezed(text: str) -> str:
     return "".join(text.split())
 
@@ -151,7 +158,7 @@ def test_trained_tokens_decode_to_the_answers(tmp_path: Path, style: Style, data
         raise
     wanted = [_squeezed(answer + style.turn_end) for answer in answers]
     found = [trained_text(example, style) for example in got]
-    split = style.rewrites or (style.moves and messages[0]["role"] == "system")
+    split = style.rewrites or (style.moves and _shows_system(style, messages))
     assert found == (wanted if split else ["".join(wanted)])
 
 
@@ -331,6 +338,18 @@ def test_the_date_stands_still(write_rows: WriteRows) -> None:
     assert any("writes today's date" in note for note in example.notes)
     (example,) = previews(path, BY_NAME["granite3"])
     assert "Today's Date: July 26, 2024." in example.text
+
+
+@pytest.mark.parametrize("name", [style.name for style in STYLES if style.moves])
+@pytest.mark.parametrize("content", ["", " ", "Be kind."])
+def test_an_empty_system_prompt_moves_where_the_template_writes_it(
+    write_rows: WriteRows, name: str, content: str
+) -> None:
+    style = BY_NAME[name]
+    messages = [{"role": "system", "content": content}, *TURNS]
+    examples = previews(write_rows({"messages": messages}), style)
+    answers = sum(message["role"] == "assistant" for message in messages)
+    assert len(examples) == (answers if _shows_system(style, messages) else 1)
 
 
 def test_a_system_prompt_that_moves_gives_one_example_per_turn(write_rows: WriteRows) -> None:
