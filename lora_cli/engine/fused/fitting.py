@@ -19,8 +19,9 @@ from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.gated import GatedBlock
 from lora_cli.engine.fused.layer import DecoderLayer, FusedLayer, Norm
 from lora_cli.engine.fused.linear import Adapted, LoraLinear
-from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.fused.native import kernels, tiled
 from lora_cli.engine.fused.native.layer import NativeLayer, takes
+from lora_cli.engine.fused.native.tiled import TiledLayer
 from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
 
 if TYPE_CHECKING:
@@ -216,7 +217,8 @@ def _native_forward(
 
 def _run_native(hidden_1TM: Tensor, *, layer: DecoderLayer, call: tuple[Tensor, Tensor, Documents]) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = NativeLayer.apply(hidden_1TM.squeeze(0), layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
+        kind = TiledLayer if tiled.fits(layer) else NativeLayer
+        out: Tensor = kind.apply(hidden_1TM.squeeze(0), layer, *call, *layer.trained)  # type: ignore[no-untyped-call]
     return out.unsqueeze(0)
 
 

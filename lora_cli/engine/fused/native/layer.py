@@ -44,7 +44,7 @@ class NativeLayer(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         x_TM, dtype = x_TM.contiguous(), x_TM.dtype
-        heads = _heads(layer, where.lengths)
+        heads = heads_of(layer, where.lengths)
         first, second = layer.attention_norm, layer.block_norm
         inputs, output = joint(layer.inputs, dtype), joint([layer.output], dtype)
         room, width = inputs.room(x_TM), x_TM.shape[1]
@@ -92,7 +92,7 @@ class NativeLayer(torch.autograd.Function):
         return (into, None, None, None, None, *grads)
 
 
-def _heads(layer: DecoderLayer, lengths: Sequence[int]) -> kernels.Heads:
+def heads_of(layer: DecoderLayer, lengths: Sequence[int]) -> kernels.Heads:
     size = layer.head_size
     counts = (len(layer.query.weight) // size, len(layer.key.weight) // size)
     return kernels.Heads(*counts, size, layer.scale, lengths)

@@ -2,22 +2,7 @@
  * cross-entropy of logits. Rows are [T, width] with a stride in values; `half` says bfloat16, else float32; arithmetic
  * is in float32 and rounded once. */
 
-#include "vectors.h"
-
-enum { SILU = 0, GELU_TANH = 1 };
-
-INLINE float inverse_rms(const void *x, int64_t width, float eps, int half) {
-    vec squares[4] = {{0}};
-    int64_t i = 0;
-    for (; i + 4 * WIDTH <= width; i += 4 * WIDTH)
-        for (int k = 0; k < 4; k++) {
-            vec v = load(x, i + k * WIDTH, half);
-            squares[k] += v * v;
-        }
-    float total = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    for (; i < width; i++) total += get(x, i, half) * get(x, i, half);
-    return 1.0f / sqrtf(total / (float)width + eps);
-}
+#include "rows.h"
 
 INLINE void normed_row(const void *x, float inverse, const void *weight, void *out, int64_t width, int half) {
     int64_t i = 0;
@@ -98,22 +83,6 @@ EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, const void *gra
     }
 }
 
-INLINE void turn(void *head, const void *cosine, const void *sine, float sign, int64_t half_size, int half) {
-    int64_t i = 0;
-    for (; i + WIDTH <= half_size; i += WIDTH) {
-        vec first = load(head, i, half), second = load(head, i + half_size, half);
-        store(head, i, first * load(cosine, i, half) - second * (load(sine, i, half) * sign), half);
-        store(head, i + half_size,
-              second * load(cosine, i + half_size, half) + first * (load(sine, i + half_size, half) * sign), half);
-    }
-    for (; i < half_size; i++) {
-        float first = get(head, i, half), second = get(head, i + half_size, half);
-        put(head, i, first * get(cosine, i, half) - second * get(sine, i, half) * sign, half);
-        put(head, i + half_size,
-            second * get(cosine, i + half_size, half) + first * get(sine, i + half_size, half) * sign, half);
-    }
-}
-
 /* Rotary positions in place on the first `heads` heads of each row, halves paired; sign -1 turns back. */
 EXPORT void rotate(int half, int64_t rows, int64_t heads, int64_t size, void *x, int64_t stride, const void *cosine,
                    const void *sine, float sign) {
@@ -122,24 +91,10 @@ EXPORT void rotate(int half, int64_t rows, int64_t heads, int64_t size, void *x,
         void *c = row_of(cosine, t, size, half), *s = row_of(sine, t, size, half);
         for (int64_t h = 0; h < heads; h++) {
             void *head = row_of(row_of(x, t, stride, half), h, size, half);
-            if (half) turn(head, c, s, sign, size / 2, 1);
-            else turn(head, c, s, sign, size / 2, 0);
+            if (half) turn(head, 1, c, s, sign, size / 2, 1);
+            else turn(head, 0, c, s, sign, size / 2, 0);
         }
     }
-}
-
-/* The activation and its derivative. tanh(u) is 1 - 2 / (1 + e^2u). */
-INLINE vec activation(vec x, int kind, vec *slope) {
-    if (kind == SILU) {
-        vec gate = 1.0f / (1.0f + exponential_vec(-x));
-        *slope = gate * (1.0f + x * (1.0f - gate));
-        return x * gate;
-    }
-    vec u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    vec tangent = 1.0f - 2.0f / (1.0f + exponential_vec(2.0f * u));
-    vec inner = 0.7978845608028654f * (1.0f + 3.0f * 0.044715f * x * x);
-    *slope = 0.5f * (1.0f + tangent) + 0.5f * x * (1.0f - tangent * tangent) * inner;
-    return 0.5f * x * (1.0f + tangent);
 }
 
 /* Sixteen values of a row, or the `count` that are left of it. */

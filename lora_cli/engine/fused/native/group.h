@@ -1,0 +1,316 @@
+/* Adapted linear layers that share an input, y_i = x W_i' + bias_i + s_i (x A_i') B_i', for blocks of rows: products
+ * there and back, and the sums over rows that are the gradients of A and B.
+ *
+ * In float32 (three pieces) W + s B A is multiplied; in bfloat16 (one piece), where that sum would lose small adapters,
+ * [x, x A'] and [W, s B]. Outputs of all layers lie side by side, each beginning at a multiple of 32 columns; ranks of all
+ * lie side by side, each beginning at a multiple of 16. */
+
+#ifndef LORA_GROUP_H
+#define LORA_GROUP_H
+
+#include "panels.h"
+
+#ifdef TILES
+
+#define MOST 3 /* layers of a group */
+
+/* As Python fills it in. Gradients are those of a and b, in their shapes. */
+typedef struct {
+    const void *weight, *bias; /* [outputs, inputs], [outputs] or none */
+    const float *a, *b;        /* [rank, inputs], [outputs, rank] */
+    float *a_grad, *b_grad;
+    int64_t outputs, rank;
+    double scale;
+} Linear;
+
+typedef struct {
+    const Linear *linears;
+    int64_t count, inputs, outputs, ranks, half;
+    int64_t output_at[MOST + 1], rank_at[MOST + 1]; /* where each layer's columns begin, and the end */
+    int back;
+    float *a;                       /* [ranks, inputs] */
+    float *b[MOST];                 /* s B: [outputs, its ranks], 0 beyond */
+    uint32_t *main;                 /* of x W' or g W */
+    uint32_t *low;                  /* of x A' */
+    uint32_t *low_out[MOST];        /* there, in bfloat16: of (x A') (s B)' */
+    uint32_t *low_back[MOST];       /* back: of g (s B) */
+    uint32_t *low_in;               /* back, in bfloat16: of (g s B) A */
+} Group;
+
+INLINE int64_t ranks_of(const Group *g, int64_t i) { return g->rank_at[i + 1] - g->rank_at[i]; }
+
+/* Memory in pieces of whole cache lines; with none yet, only what it comes to. */
+typedef struct {
+    char *at;
+    size_t used;
+} Memory;
+
+INLINE void *some(Memory *m, int64_t bytes) {
+    void *found = m->at ? m->at + m->used : 0;
+    m->used += (size_t)whole(bytes, 64);
+    return found;
+}
+
+INLINE int64_t right_bytes(int pieces, int64_t depth, int64_t columns) {
+    return wides(depth) * wides(columns) * pieces * RIGHT * 4;
+}
+
+/* Where everything of a group goes. A group with no adapter has no ranks. */
+static Group group_of(const Linear *linears, int64_t count, int64_t inputs, int half, int back, Memory *memory) {
+    Group g = {.linears = linears, .count = count, .inputs = inputs, .half = half, .back = back};
+    int pieces = half ? 1 : PIECES;
+    for (int64_t i = 0; i < count; i++) {
+        g.output_at[i + 1] = g.output_at[i] + wides(linears[i].outputs) * WIDE;
+        g.rank_at[i + 1] = g.rank_at[i] + whole(linears[i].rank, TILE);
+    }
+    g.outputs = g.output_at[count], g.ranks = g.rank_at[count];
+    g.main = some(memory, right_bytes(pieces, back ? g.outputs : inputs, back ? inputs : g.outputs));
+    if (!g.ranks) return g;
+    g.a = some(memory, g.ranks * inputs * 4);
+    if (half || back) g.low = some(memory, right_bytes(pieces, inputs, g.ranks));
+    if (half && back) g.low_in = some(memory, right_bytes(pieces, g.ranks, inputs));
+    for (int64_t i = 0; i < count; i++) {
+        int64_t ranks = g.rank_at[i + 1] - g.rank_at[i];
+        if (!ranks) continue;
+        g.b[i] = some(memory, linears[i].outputs * ranks * 4);
+        if (back) g.low_back[i] = some(memory, right_bytes(pieces, linears[i].outputs, ranks));
+        else if (half) g.low_out[i] = some(memory, right_bytes(pieces, ranks, linears[i].outputs));
+    }
+    return g;
+}
+
+/* A and s B with whole sixteens of ranks; by all threads together, which wait for each other before what follows. */
+static void copy_adapters(const Group *g) {
+    for (int64_t i = 0; i < g->count; i++) {
+        const Linear *l = &g->linears[i];
+        int64_t ranks = ranks_of(g, i);
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < ranks; r++) {
+            float *to = g->a + (g->rank_at[i] + r) * g->inputs;
+            if (r < l->rank) memcpy(to, l->a + r * g->inputs, (size_t)g->inputs * 4);
+            else memset(to, 0, (size_t)g->inputs * 4);
+        }
+#pragma omp for schedule(static) nowait
+        for (int64_t o = 0; o < (ranks ? l->outputs : 0); o++)
+            for (int64_t r = 0; r < ranks; r++)
+                g->b[i][o * ranks + r] = r < l->rank ? l->b[o * l->rank + r] * (float)l->scale : 0;
+    }
+}
+
+INLINE Matrix plain(const float *at, int64_t rows, int64_t columns) {
+    return (Matrix){at, 0, rows, columns, 0, 0, 0};
+}
+
+#define PANELS(pieces, count, of, matrix, right, each)                                                      \
+    _Pragma("omp for schedule(static) nowait") for (int64_t n = 0; n < wides(count); n++)                   \
+        of(pieces, &matrix, n, (right) + n * wides(each) * pieces * RIGHT);
+
+/* The right sides of a group's products; by all threads together, as above. */
+INLINE void pack_group(int pieces, const Group *g) {
+    for (int64_t i = 0; i < g->count; i++) {
+        const Linear *l = &g->linears[i];
+        int64_t ranks = ranks_of(g, i);
+        Matrix weight = {l->weight, (int)g->half, l->outputs, g->inputs, 0, 0, 0};
+        if (ranks && pieces == PIECES)
+            weight.rank = ranks, weight.b = g->b[i], weight.a = g->a + g->rank_at[i] * g->inputs;
+        Matrix b = plain(g->b[i], l->outputs, ranks);
+        if (g->back) {
+            /* Each panel goes on through all layers: this one's steps of it. */
+            int64_t panel = wides(g->outputs) * pieces * RIGHT;
+            uint32_t *start = g->main + g->output_at[i] / WIDE * pieces * RIGHT;
+#pragma omp for schedule(static) nowait
+            for (int64_t n = 0; n < wides(g->inputs); n++) panel_down(pieces, &weight, n, start + n * panel);
+            if (ranks) PANELS(pieces, ranks, panel_down, b, g->low_back[i], l->outputs)
+        } else {
+            uint32_t *start = g->main + g->output_at[i] / WIDE * wides(g->inputs) * pieces * RIGHT;
+            PANELS(pieces, l->outputs, panel_along, weight, start, g->inputs)
+            if (g->low_out[i]) PANELS(pieces, l->outputs, panel_along, b, g->low_out[i], ranks)
+        }
+    }
+    Matrix a = plain(g->a, g->ranks, g->inputs);
+    if (g->low) PANELS(pieces, g->ranks, panel_along, a, g->low, g->inputs)
+    if (g->low_in) PANELS(pieces, g->inputs, panel_down, a, g->low_in, g->ranks)
+}
+
+/* What a thread needs for a block of `rows` rows of a group, beside input and outputs. */
+typedef struct {
+    int64_t rows;
+    float *low;       /* x A' or g s B, [rows, ranks + 16] */
+    uint16_t *left;   /* the same as a left side: there each layer's ranks apart, back all of them side by side */
+    uint16_t *turned; /* g s B and x A' as left sides that are summed over rows, 16 ranks each */
+    uint32_t *panel;  /* the other side of such a sum */
+} Room;
+
+INLINE int64_t low_stride(const Group *g) { return g->ranks + TILE; }
+
+/* From one layer's ranks to the next one's, in `left` there. */
+INLINE int64_t low_left(int pieces, const Group *g, int64_t rows) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < g->count; i++) most = ranks_of(g, i) > most ? ranks_of(g, i) : most;
+    return rows * wides(most) * WIDE * pieces;
+}
+
+static Room room_of(int pieces, const Group *g, int64_t rows, Memory *memory) {
+    Room r = {.rows = rows};
+    if (!g->ranks) return r;
+    int64_t there = MOST * low_left(pieces, g, rows), back = rows * wides(g->ranks) * WIDE * pieces;
+    r.low = some(memory, rows * low_stride(g) * 4);
+    r.left = some(memory, (there > back ? there : back) * 2);
+    r.turned = some(memory, rows / WIDE * whole(g->ranks, WIDE) / TILE * pieces * LEFT);
+    r.panel = some(memory, rows / WIDE * pieces * RIGHT * 4);
+    return r;
+}
+
+INLINE void rows_to_left(int pieces, const float *from, int64_t stride, int64_t rows, int64_t columns, uint16_t *left) {
+    int64_t steps = wides(columns);
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < columns; c += WIDTH) put_left(pieces, left, steps, r, c, load(from + r * stride, c, 0));
+        fill_left(pieces, left, steps, r, columns);
+    }
+}
+
+/* What comes before any output of a block, from its input as left blocks: in bfloat16, x A'. */
+INLINE void group_begin(int pieces, const Group *g, const Room *room, const uint16_t *left) {
+    int64_t steps = wides(g->inputs);
+    Factor low = {left, g->low, steps, steps};
+    if (pieces > 1 || !g->ranks) return;
+    multiply(pieces, room->rows / WIDE, g->ranks, &low, 0, room->low, low_stride(g));
+    for (int64_t i = 0; i < g->count; i++)
+        rows_to_left(pieces, room->low + g->rank_at[i], low_stride(g), room->rows, ranks_of(g, i),
+                     room->left + i * low_left(pieces, g, room->rows));
+}
+
+/* `columns` of the i-th layer's outputs from `first` on, a multiple of 32, without bias; rows of out are `stride` apart. */
+INLINE void group_there(int pieces, const Group *g, const Room *room, const uint16_t *left, int64_t i, int64_t first,
+                        int64_t columns, float *out, int64_t stride) {
+    int64_t steps = wides(g->inputs), ranks = wides(ranks_of(g, i));
+    Factor one = {left, g->main + (g->output_at[i] + first) / WIDE * steps * pieces * RIGHT, steps, steps};
+    Factor more = {room->left + i * low_left(pieces, g, room->rows), g->low_out[i] + first / WIDE * ranks * pieces * RIGHT,
+                   ranks, ranks};
+    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && ranks ? &more : 0, out, stride);
+}
+
+/* All outputs of all layers side by side. */
+INLINE void group_all(int pieces, const Group *g, const Room *room, const uint16_t *left, float *out, int64_t stride) {
+    group_begin(pieces, g, room, left);
+    for (int64_t i = 0; i < g->count; i++)
+        group_there(pieces, g, room, left, i, 0, g->output_at[i + 1] - g->output_at[i], out + g->output_at[i], stride);
+}
+
+/* `ranks` columns of rows, turned: [16 ranks at a time][steps of rows][pieces][16][32]. */
+INLINE void turn_rows(int pieces, const float *from, int64_t stride, int64_t rows, int64_t ranks, uint16_t *to) {
+    float turned[TILE][TILE] __attribute__((aligned(64)));
+    for (int64_t t = 0; t < ranks; t += TILE)
+        for (int64_t r = 0; r < rows; r += TILE) {
+            transpose(from + r * stride + t, stride, turned[0], TILE);
+            uint16_t *tile = to + (t * rows / WIDE / TILE + r / WIDE) * pieces * LEFT / 2 + r % WIDE;
+            for (int64_t k = 0; k < TILE; k++) {
+                uvec found[PIECES];
+                split(pieces, load(turned[k], 0, 0), found);
+                for (int p = 0; p < pieces; p++)
+                    *(hvec_at *)(tile + p * LEFT / 2 + k * WIDE) = upper_half(found[p]);
+            }
+        }
+}
+
+/* sums [ranks, columns] += what was turned times rows that lie as left blocks of `steps` steps, from `left` on. */
+INLINE void add_sums(int pieces, const Room *room, int64_t ranks, const uint16_t *left, int64_t steps, int64_t columns,
+                     float *sums) {
+    int64_t blocks = room->rows / WIDE, tile = blocks * pieces * LEFT / 2;
+    for (int64_t n = 0; n < columns; n += WIDE) {
+        int across = columns - n > TILE;
+        for (int64_t m = 0; m < blocks * pieces; m++)
+            pair_block(left + ((m / pieces * steps + n / WIDE) * pieces + m % pieces) * LEFT, room->panel + m * RIGHT);
+        for (int64_t t = 0; t < ranks; t += WIDE) {
+            int down = ranks - t > TILE;
+            float *at = sums + t * columns + n;
+            const uint16_t *turned = room->turned + t / TILE * tile;
+#define SUM(down, across)                                                                                   \
+    load_sums(down, across, at, columns);                                                                   \
+    accumulate(pieces, down, across, blocks, turned, LEFT / 2, tile, room->panel, 0, 0);                    \
+    store_sums(down, across, at, columns);
+            if (down && across) {
+                SUM(1, 1)
+            } else if (down) {
+                SUM(1, 0)
+            } else if (across) {
+                SUM(0, 1)
+            } else {
+                SUM(0, 0)
+            }
+        }
+    }
+}
+
+/* What comes before the rest of a block's way back, from the gradients of the outputs as left blocks: g s B. */
+INLINE void group_begin_back(int pieces, const Group *g, const Room *room, const uint16_t *grad) {
+    if (!g->ranks) return;
+    for (int64_t i = 0; i < g->count; i++) {
+        const uint16_t *own = grad + g->output_at[i] / WIDE * pieces * LEFT;
+        Factor back = {own, g->low_back[i], wides(g->linears[i].outputs), wides(g->outputs)};
+        if (ranks_of(g, i))
+            multiply(pieces, room->rows / WIDE, ranks_of(g, i), &back, 0, room->low + g->rank_at[i], low_stride(g));
+    }
+    if (pieces == 1) rows_to_left(pieces, room->low, low_stride(g), room->rows, g->ranks, room->left);
+    turn_rows(pieces, room->low, low_stride(g), room->rows, g->ranks, room->turned);
+}
+
+/* Add a block's part to `sums`, from the input and the gradients of the outputs, both as left blocks. */
+INLINE void group_sums(int pieces, const Group *g, const Room *room, const uint16_t *x, const uint16_t *grad, float *sums) {
+    int64_t steps = wides(g->inputs), stride = low_stride(g);
+    if (!g->ranks) return;
+    add_sums(pieces, room, g->ranks, x, steps, g->inputs, sums);
+    sums += g->ranks * g->inputs;
+    Factor low = {x, g->low, steps, steps};
+    multiply(pieces, room->rows / WIDE, g->ranks, &low, 0, room->low, stride);
+    for (int64_t i = 0; i < g->count; i++) {
+        if (!ranks_of(g, i)) continue;
+        turn_rows(pieces, room->low + g->rank_at[i], stride, room->rows, ranks_of(g, i), room->turned);
+        add_sums(pieces, room, ranks_of(g, i), grad + g->output_at[i] / WIDE * pieces * LEFT, wides(g->outputs),
+                 g->linears[i].outputs, sums);
+        sums += ranks_of(g, i) * g->linears[i].outputs;
+    }
+}
+
+/* `columns` of the input's gradient from `first` on, a multiple of 32. */
+INLINE void group_back(int pieces, const Group *g, const Room *room, const uint16_t *grad, int64_t first, int64_t columns,
+                       float *out, int64_t stride) {
+    int64_t steps = wides(g->outputs), ranks = wides(g->ranks);
+    Factor one = {grad, g->main + first / WIDE * steps * pieces * RIGHT, steps, steps};
+    Factor more = {room->left, g->low_in + first / WIDE * ranks * pieces * RIGHT, ranks, ranks};
+    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && g->ranks ? &more : 0, out, stride);
+}
+
+/* The sums of a group: of A's gradients [ranks, inputs], then of each B's, turned, [its ranks, outputs]. */
+INLINE int64_t sums_size(const Group *g) {
+    int64_t size = g->ranks * g->inputs;
+    for (int64_t i = 0; i < g->count; i++) size += ranks_of(g, i) * g->linears[i].outputs;
+    return size;
+}
+
+/* Gradients, from the sums of all threads, `between` bytes apart; by all threads together, always in the same order. */
+static void give_sums(const Group *g, const float *sums, size_t between, int64_t threads) {
+    const float *of_b = sums + g->ranks * g->inputs;
+#define TOTAL(of, index) ((const float *)(const void *)((const char *)(of) + (size_t)t * between))[index]
+    for (int64_t i = 0; i < g->count; i++) {
+        const Linear *l = &g->linears[i];
+        const float *of_a = sums + g->rank_at[i] * g->inputs;
+#pragma omp for schedule(static) nowait
+        for (int64_t k = 0; k < l->rank * g->inputs; k++) {
+            float total = 0;
+            for (int64_t t = 0; t < threads; t++) total += TOTAL(of_a, k);
+            l->a_grad[k] = total;
+        }
+#pragma omp for schedule(static) nowait
+        for (int64_t o = 0; o < (l->rank ? l->outputs : 0); o++)
+            for (int64_t r = 0; r < l->rank; r++) {
+                float total = 0;
+                for (int64_t t = 0; t < threads; t++) total += TOTAL(of_b, r * l->outputs + o);
+                l->b_grad[o * l->rank + r] = total * (float)l->scale;
+            }
+        of_b += ranks_of(g, i) * l->outputs;
+    }
+}
+
+#endif
+#endif

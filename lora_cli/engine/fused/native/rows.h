@@ -1,0 +1,55 @@
+/* What is done to one row: its root mean square, rotary positions, the activation. */
+
+#ifndef LORA_ROWS_H
+#define LORA_ROWS_H
+
+#include "vectors.h"
+
+enum { SILU = 0, GELU_TANH = 1 };
+
+INLINE float inverse_rms(const void *x, int64_t width, float eps, int half) {
+    vec squares[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * WIDTH <= width; i += 4 * WIDTH)
+        for (int k = 0; k < 4; k++) {
+            vec v = load(x, i + k * WIDTH, half);
+            squares[k] += v * v;
+        }
+    float total = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    for (; i < width; i++) total += get(x, i, half) * get(x, i, half);
+    return 1.0f / sqrtf(total / (float)width + eps);
+}
+
+/* Rotary positions on a head of bfloat16 (`narrow`) or float32, halves paired, in place. */
+INLINE void turn(void *head, int narrow, const void *cosine, const void *sine, float sign, int64_t half_size, int half) {
+    int64_t i = 0;
+    for (; i + WIDTH <= half_size; i += WIDTH) {
+        vec first = load(head, i, narrow), second = load(head, i + half_size, narrow);
+        store(head, i, first * load(cosine, i, half) - second * (load(sine, i, half) * sign), narrow);
+        store(head, i + half_size,
+              second * load(cosine, i + half_size, half) + first * (load(sine, i + half_size, half) * sign),
+              narrow);
+    }
+    for (; i < half_size; i++) {
+        float first = get(head, i, narrow), second = get(head, i + half_size, narrow);
+        put(head, i, first * get(cosine, i, half) - second * get(sine, i, half) * sign, narrow);
+        put(head, i + half_size,
+            second * get(cosine, i + half_size, half) + first * get(sine, i + half_size, half) * sign, narrow);
+    }
+}
+
+/* The activation and its derivative. tanh(u) is 1 - 2 / (1 + e^2u). */
+INLINE vec activation(vec x, int kind, vec *slope) {
+    if (kind == SILU) {
+        vec gate = 1.0f / (1.0f + exponential_vec(-x));
+        *slope = gate * (1.0f + x * (1.0f - gate));
+        return x * gate;
+    }
+    vec u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    vec tangent = 1.0f - 2.0f / (1.0f + exponential_vec(2.0f * u));
+    vec inner = 0.7978845608028654f * (1.0f + 3.0f * 0.044715f * x * x);
+    *slope = 0.5f * (1.0f + tangent) + 0.5f * x * (1.0f - tangent * tangent) * inner;
+    return 0.5f * x * (1.0f + tangent);
+}
+
+#endif
