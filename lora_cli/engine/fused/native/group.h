@@ -135,16 +135,16 @@ INLINE void pack_group(int pieces, const Group *g) {
 /* What a thread needs for a block of `rows` rows of a group, beside input and outputs. */
 typedef struct {
     int64_t rows;
-    float *low;       /* x A' or g s B, [rows, ranks + 16] */
-    uint16_t *left;   /* the same as a left side: there each layer's ranks apart, back all of them side by side */
-    uint16_t *turned; /* g s B and x A' as left sides that are summed over rows, 16 ranks each */
-    uint32_t *panel;  /* the other side of such a sum */
+    float *low, *back;                  /* x A' and g s B, [rows, ranks + 16] */
+    uint16_t *low_left, *back_left;     /* the same as left sides, in bfloat16; x A' with each layer's ranks apart */
+    uint16_t *low_turned, *back_turned; /* the same as left sides that are summed over rows, 16 ranks each */
+    uint32_t *panel;                    /* the other side of such a sum */
 } Room;
 
 INLINE int64_t low_stride(const Group *g) { return g->ranks + TILE; }
 
-/* From one layer's ranks to the next one's, in `left` there. */
-INLINE int64_t low_left(int pieces, const Group *g, int64_t rows) {
+/* From one layer's ranks to the next one's, in `low_left`. */
+INLINE int64_t low_size(int pieces, const Group *g, int64_t rows) {
     int64_t most = 0;
     for (int64_t i = 0; i < g->count; i++) most = ranks_of(g, i) > most ? ranks_of(g, i) : most;
     return rows * wides(most) * WIDE * pieces;
@@ -152,11 +152,14 @@ INLINE int64_t low_left(int pieces, const Group *g, int64_t rows) {
 
 static Room room_of(int pieces, const Group *g, int64_t rows, Memory *memory) {
     Room r = {.rows = rows};
+    int64_t turned = rows / WIDE * whole(g->ranks, WIDE) / TILE * pieces * LEFT;
     if (!g->ranks) return r;
-    int64_t there = MOST * low_left(pieces, g, rows), back = rows * wides(g->ranks) * WIDE * pieces;
     r.low = some(memory, rows * low_stride(g) * 4);
-    r.left = some(memory, (there > back ? there : back) * 2);
-    r.turned = some(memory, rows / WIDE * whole(g->ranks, WIDE) / TILE * pieces * LEFT);
+    if (pieces == 1) r.low_left = some(memory, MOST * low_size(pieces, g, rows) * 2);
+    if (!g->back) return r;
+    r.back = some(memory, rows * low_stride(g) * 4);
+    if (pieces == 1) r.back_left = some(memory, rows * wides(g->ranks) * WIDE * 2);
+    r.low_turned = some(memory, turned), r.back_turned = some(memory, turned);
     r.panel = some(memory, rows / WIDE * pieces * RIGHT * 4);
     return r;
 }
@@ -167,34 +170,6 @@ INLINE void rows_to_left(int pieces, const float *from, int64_t stride, int64_t 
         for (int64_t c = 0; c < columns; c += WIDTH) put_left(pieces, left, steps, r, c, load(from + r * stride, c, 0));
         fill_left(pieces, left, steps, r, columns);
     }
-}
-
-/* What comes before any output of a block, from its input as left blocks: in bfloat16, x A'. */
-INLINE void group_begin(int pieces, const Group *g, const Room *room, const uint16_t *left) {
-    int64_t steps = wides(g->inputs);
-    Factor low = {left, g->low, steps, steps};
-    if (pieces > 1 || !g->ranks) return;
-    multiply(pieces, room->rows / WIDE, g->ranks, &low, 0, room->low, low_stride(g));
-    for (int64_t i = 0; i < g->count; i++)
-        rows_to_left(pieces, room->low + g->rank_at[i], low_stride(g), room->rows, ranks_of(g, i),
-                     room->left + i * low_left(pieces, g, room->rows));
-}
-
-/* `columns` of the i-th layer's outputs from `first` on, a multiple of 32, without bias; rows of out are `stride` apart. */
-INLINE void group_there(int pieces, const Group *g, const Room *room, const uint16_t *left, int64_t i, int64_t first,
-                        int64_t columns, float *out, int64_t stride) {
-    int64_t steps = wides(g->inputs), ranks = wides(ranks_of(g, i));
-    Factor one = {left, g->main + (g->output_at[i] + first) / WIDE * steps * pieces * RIGHT, steps, steps};
-    Factor more = {room->left + i * low_left(pieces, g, room->rows), g->low_out[i] + first / WIDE * ranks * pieces * RIGHT,
-                   ranks, ranks};
-    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && ranks ? &more : 0, out, stride);
-}
-
-/* All outputs of all layers side by side. */
-INLINE void group_all(int pieces, const Group *g, const Room *room, const uint16_t *left, float *out, int64_t stride) {
-    group_begin(pieces, g, room, left);
-    for (int64_t i = 0; i < g->count; i++)
-        group_there(pieces, g, room, left, i, 0, g->output_at[i + 1] - g->output_at[i], out + g->output_at[i], stride);
 }
 
 /* `ranks` columns of rows, turned: [16 ranks at a time][steps of rows][pieces][16][32]. */
@@ -213,21 +188,79 @@ INLINE void turn_rows(int pieces, const float *from, int64_t stride, int64_t row
         }
 }
 
-/* sums [ranks, columns] += what was turned times rows that lie as left blocks of `steps` steps, from `left` on. */
-INLINE void add_sums(int pieces, const Room *room, int64_t ranks, const uint16_t *left, int64_t steps, int64_t columns,
+/* x A', from some or all of the input's steps; with the last, it is made ready for what needs it. */
+INLINE void group_low(int pieces, const Group *g, const Room *room, Left x) {
+    int64_t steps = wides(g->inputs), stride = low_stride(g);
+    Factor low = {x, g->low, steps};
+    if (!g->ranks || !g->low) return;
+    multiply(pieces, room->rows / WIDE, g->ranks, &low, 0, !x.from, room->low, stride);
+    if (x.to < steps) return;
+    if (g->back) turn_rows(pieces, room->low, stride, room->rows, g->ranks, room->low_turned);
+    else
+        for (int64_t i = 0; i < g->count; i++)
+            rows_to_left(pieces, room->low + g->rank_at[i], stride, room->rows, ranks_of(g, i),
+                         room->low_left + i * low_size(pieces, g, room->rows));
+}
+
+/* `columns` of the i-th layer's outputs from `first` on, a multiple of 32, without bias; rows of out are `stride` apart.
+ * From some or all of the input's steps, after `group_low` of the same. */
+INLINE void group_there(int pieces, const Group *g, const Room *room, Left x, int64_t i, int64_t first, int64_t columns,
+                        float *out, int64_t stride) {
+    int64_t steps = wides(g->inputs), ranks = wides(ranks_of(g, i));
+    Factor one = {x, g->main + (g->output_at[i] + first) / WIDE * steps * pieces * RIGHT, steps};
+    Factor more = {whole_left(room->low_left + i * low_size(pieces, g, room->rows), ranks),
+                   g->low_out[i] + first / WIDE * ranks * pieces * RIGHT, ranks};
+    int joined = pieces == 1 && ranks && x.to == steps;
+    multiply(pieces, room->rows / WIDE, columns, &one, joined ? &more : 0, !x.from, out, stride);
+}
+
+/* All outputs of all layers side by side. */
+INLINE void group_all(int pieces, const Group *g, const Room *room, Left x, float *out, int64_t stride) {
+    group_low(pieces, g, room, x);
+    for (int64_t i = 0; i < g->count; i++)
+        group_there(pieces, g, room, x, i, 0, g->output_at[i + 1] - g->output_at[i], out + g->output_at[i], stride);
+}
+
+/* g s B of the i-th layer, from some or all of its outputs' gradients. */
+INLINE void group_low_back(int pieces, const Group *g, const Room *room, int64_t i, Left grad) {
+    Factor back = {grad, g->low_back[i], wides(g->linears[i].outputs)};
+    if (ranks_of(g, i))
+        multiply(pieces, room->rows / WIDE, ranks_of(g, i), &back, 0, !grad.from, room->back + g->rank_at[i], low_stride(g));
+}
+
+/* When those of all layers are whole. */
+INLINE void group_low_back_done(int pieces, const Group *g, const Room *room) {
+    if (!g->ranks) return;
+    if (pieces == 1) rows_to_left(pieces, room->back, low_stride(g), room->rows, g->ranks, room->back_left);
+    turn_rows(pieces, room->back, low_stride(g), room->rows, g->ranks, room->back_turned);
+}
+
+/* `columns` of the input's gradient from `first` on, a multiple of 32, from the outputs' gradients or some of their steps;
+ * with `low`, what the adapters add in bfloat16 as well, of which g s B must be whole. */
+INLINE void group_back(int pieces, const Group *g, const Room *room, Left grad, int low, int64_t first, int64_t columns,
+                       int64_t fresh, float *out, int64_t stride) {
+    int64_t steps = wides(g->outputs), ranks = wides(g->ranks);
+    Factor one = {grad, g->main + first / WIDE * steps * pieces * RIGHT, steps};
+    Factor more = {whole_left(room->back_left, ranks), g->low_in + first / WIDE * ranks * pieces * RIGHT, ranks};
+    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && low && ranks ? &more : 0, fresh, out, stride);
+}
+
+/* sums [ranks, columns] += what was turned times the rows that lie as left blocks, from a column on. */
+INLINE void add_sums(int pieces, const Room *room, int64_t ranks, const uint16_t *turned, Left x, int64_t columns,
                      float *sums) {
     int64_t blocks = room->rows / WIDE, tile = blocks * pieces * LEFT / 2;
-    for (int64_t n = 0; n < columns; n += WIDE) {
+    for (int64_t n = x.from * WIDE; n < least(columns, x.to * WIDE); n += WIDE) {
         int across = columns - n > TILE;
         for (int64_t m = 0; m < blocks * pieces; m++)
-            pair_block(left + ((m / pieces * steps + n / WIDE) * pieces + m % pieces) * LEFT, room->panel + m * RIGHT);
+            pair_block(x.at + ((m / pieces * x.steps + n / WIDE - x.from) * pieces + m % pieces) * LEFT,
+                       room->panel + m * RIGHT);
         for (int64_t t = 0; t < ranks; t += WIDE) {
             int down = ranks - t > TILE;
             float *at = sums + t * columns + n;
-            const uint16_t *turned = room->turned + t / TILE * tile;
+            const uint16_t *left = turned + t / TILE * tile;
 #define SUM(down, across)                                                                                   \
     load_sums(down, across, at, columns);                                                                   \
-    accumulate(pieces, down, across, blocks, turned, LEFT / 2, tile, room->panel, 0, 0);                    \
+    accumulate(pieces, down, across, blocks, left, LEFT / 2, tile, room->panel, 0, 0);                      \
     store_sums(down, across, at, columns);
             if (down && across) {
                 SUM(1, 1)
@@ -242,43 +275,34 @@ INLINE void add_sums(int pieces, const Room *room, int64_t ranks, const uint16_t
     }
 }
 
-/* What comes before the rest of a block's way back, from the gradients of the outputs as left blocks: g s B. */
-INLINE void group_begin_back(int pieces, const Group *g, const Room *room, const uint16_t *grad) {
-    if (!g->ranks) return;
-    for (int64_t i = 0; i < g->count; i++) {
-        const uint16_t *own = grad + g->output_at[i] / WIDE * pieces * LEFT;
-        Factor back = {own, g->low_back[i], wides(g->linears[i].outputs), wides(g->outputs)};
-        if (ranks_of(g, i))
-            multiply(pieces, room->rows / WIDE, ranks_of(g, i), &back, 0, room->low + g->rank_at[i], low_stride(g));
-    }
-    if (pieces == 1) rows_to_left(pieces, room->low, low_stride(g), room->rows, g->ranks, room->left);
-    turn_rows(pieces, room->low, low_stride(g), room->rows, g->ranks, room->turned);
+/* A block's part of the gradients of A, from some or all of the input's steps, once g s B is whole. */
+INLINE void sums_of_a(int pieces, const Group *g, const Room *room, Left x, float *sums) {
+    if (g->ranks) add_sums(pieces, room, g->ranks, room->back_turned, x, g->inputs, sums);
 }
 
-/* Add a block's part to `sums`, from the input and the gradients of the outputs, both as left blocks. */
-INLINE void group_sums(int pieces, const Group *g, const Room *room, const uint16_t *x, const uint16_t *grad, float *sums) {
-    int64_t steps = wides(g->inputs), stride = low_stride(g);
-    if (!g->ranks) return;
-    add_sums(pieces, room, g->ranks, x, steps, g->inputs, sums);
+/* The same of the i-th layer's B, from some or all of its outputs' gradients, once x A' is whole. */
+INLINE void sums_of_b(int pieces, const Group *g, const Room *room, int64_t i, Left grad, float *sums) {
+    int64_t tile = room->rows / WIDE * pieces * LEFT / 2;
     sums += g->ranks * g->inputs;
-    Factor low = {x, g->low, steps, steps};
-    multiply(pieces, room->rows / WIDE, g->ranks, &low, 0, room->low, stride);
-    for (int64_t i = 0; i < g->count; i++) {
-        if (!ranks_of(g, i)) continue;
-        turn_rows(pieces, room->low + g->rank_at[i], stride, room->rows, ranks_of(g, i), room->turned);
-        add_sums(pieces, room, ranks_of(g, i), grad + g->output_at[i] / WIDE * pieces * LEFT, wides(g->outputs),
-                 g->linears[i].outputs, sums);
-        sums += ranks_of(g, i) * g->linears[i].outputs;
-    }
+    for (int64_t j = 0; j < i; j++) sums += ranks_of(g, j) * g->linears[j].outputs;
+    if (ranks_of(g, i))
+        add_sums(pieces, room, ranks_of(g, i), room->low_turned + g->rank_at[i] / TILE * tile, grad, g->linears[i].outputs,
+                 sums);
 }
 
-/* `columns` of the input's gradient from `first` on, a multiple of 32. */
-INLINE void group_back(int pieces, const Group *g, const Room *room, const uint16_t *grad, int64_t first, int64_t columns,
-                       float *out, int64_t stride) {
-    int64_t steps = wides(g->outputs), ranks = wides(g->ranks);
-    Factor one = {grad, g->main + first / WIDE * steps * pieces * RIGHT, steps, steps};
-    Factor more = {room->left, g->low_in + first / WIDE * ranks * pieces * RIGHT, ranks, ranks};
-    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && g->ranks ? &more : 0, out, stride);
+/* A block's part of all gradients at once, and g s B, from the input and the outputs' gradients. */
+INLINE void group_sums(int pieces, const Group *g, const Room *room, Left x, Left grad, float *sums) {
+    for (int64_t i = 0; i < g->count; i++) {
+        Left own = {grad.at + g->output_at[i] / WIDE * pieces * LEFT, grad.steps, 0, wides(g->linears[i].outputs)};
+        group_low_back(pieces, g, room, i, own);
+    }
+    group_low_back_done(pieces, g, room);
+    sums_of_a(pieces, g, room, x, sums);
+    group_low(pieces, g, room, x);
+    for (int64_t i = 0; i < g->count; i++) {
+        Left own = {grad.at + g->output_at[i] / WIDE * pieces * LEFT, grad.steps, 0, wides(g->linears[i].outputs)};
+        sums_of_b(pieces, g, room, i, own, sums);
+    }
 }
 
 /* The sums of a group: of A's gradients [ranks, inputs], then of each B's, turned, [its ranks, outputs]. */

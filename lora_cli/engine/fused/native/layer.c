@@ -62,13 +62,15 @@ static void turn_heads(const Layer *l, float *to, int64_t token, float sign, int
     for (int64_t h = 0; h < l->turned_heads; h++) turn(to + h * l->head, 0, c, s, sign, l->head / 2, half);
 }
 
+INLINE Left left_of(const Own *own, int64_t number) { return whole_left(own->left[number], own->steps[number]); }
+
 INLINE void inputs(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
     int pieces = half ? 1 : PIECES;
     const Group *g = &p->groups[0];
     for (int64_t r = 0; r < count; r++)
         put_normed(pieces, own->left[0], own->steps[0], r, row(l->x, first + r, l->width, half), l->attention_norm,
                    l->attention_eps, l->width, half);
-    group_all(pieces, g, &own->rooms[0], own->left[0], own->rows[0], own->strides[0]);
+    group_all(pieces, g, &own->rooms[0], left_of(own, 0), own->rows[0], own->strides[0]);
     for (int64_t r = 0; r < count; r++) {
         float *from = own->rows[0] + r * own->strides[0];
         for (int64_t i = 0; i < g->count; i++)
@@ -90,36 +92,40 @@ INLINE void *kept_row(const Layer *l, int64_t token, int64_t column, int half) {
     return row(l->gate_up, block * WIDE + (token & 31), 2 * WIDE, half);
 }
 
-/* Gate, up and what comes of them, 32 columns at a time, which stay in the first-level cache. */
-INLINE void gate_and_up(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
+/* The feed-forward block goes by chunks of its width: what a chunk's columns are made of and what is made of them stays in
+ * the second-level cache. */
+#define CHUNK 4 /* steps */
+
+/* Steps `from` up to `to` of down's input, into the left buffer 2. */
+INLINE void gate_and_up(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int64_t from, int64_t to,
+                        int half) {
     int pieces = half ? 1 : PIECES;
-    int64_t wide = l->intermediate;
     float *gates = own->rows[1], *ups = gates + WIDE;
-    group_begin(pieces, &p->groups[1], &own->rooms[1], own->left[1]);
-    for (int64_t n = 0; n < wide; n += WIDE) {
-        group_there(pieces, &p->groups[1], &own->rooms[1], own->left[1], 0, n, WIDE, gates, own->strides[1]);
-        group_there(pieces, &p->groups[1], &own->rooms[1], own->left[1], 1, n, WIDE, ups, own->strides[1]);
+    for (int64_t n = from * WIDE; n < to * WIDE; n += WIDE) {
+        int64_t columns = least(WIDE, l->intermediate - n), at = n - from * WIDE;
+        group_there(pieces, &p->groups[1], &own->rooms[1], left_of(own, 1), 0, n, WIDE, gates, own->strides[1]);
+        group_there(pieces, &p->groups[1], &own->rooms[1], left_of(own, 1), 1, n, WIDE, ups, own->strides[1]);
         for (int64_t r = 0; r < count; r++) {
             float *gate = gates + r * own->strides[1], *up = ups + r * own->strides[1];
             void *kept = kept_row(l, first + r, n, half);
-            int64_t columns = least(WIDE, wide - n);
             add_bias(l->gate.bias, gate, n, columns, half), add_bias(l->up.bias, up, n, columns, half);
             for (int64_t c = 0; c < columns; c += WIDTH) {
                 vec slope, g = load(gate, c, 0), u = load(up, c, 0);
                 store(kept, c, g, half), store(kept, WIDE + c, u, half);
-                put_left(pieces, own->left[2], own->steps[2], r, n + c, activated(l, g, &slope) * u);
+                put_left(pieces, own->left[2], CHUNK, r, at + c, activated(l, g, &slope) * u);
             }
-            fill_left(pieces, own->left[2], own->steps[2], r, n + columns);
+            fill_left(pieces, own->left[2], CHUNK, r, at + columns);
         }
     }
 }
 
 INLINE void outputs(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
     int pieces = half ? 1 : PIECES;
+    int64_t steps = wides(l->intermediate);
     for (int64_t r = 0; r < count; r++)
         put_row(pieces, own->left[0], own->steps[0], r, row(l->attended, first + r, l->attended_width, half),
                 l->attended_width, half);
-    group_all(pieces, &p->groups[0], &own->rooms[0], own->left[0], own->rows[0], own->strides[0]);
+    group_all(pieces, &p->groups[0], &own->rooms[0], left_of(own, 0), own->rows[0], own->strides[0]);
     for (int64_t r = 0; r < count; r++) {
         float *from = own->rows[0] + r * own->strides[0];
         void *x = row(l->x, first + r, l->width, half), *hidden = row(l->hidden, first + r, l->width, half);
@@ -127,8 +133,12 @@ INLINE void outputs(const Pass *p, const Layer *l, const Own *own, int64_t first
         for (int64_t c = 0; c < l->width; c += WIDTH) store(hidden, c, load(from, c, 0) + load(x, c, half), half);
         put_normed(pieces, own->left[1], own->steps[1], r, hidden, l->block_norm, l->block_eps, l->width, half);
     }
-    gate_and_up(p, l, own, first, count, half);
-    group_all(pieces, &p->groups[2], &own->rooms[2], own->left[2], own->rows[0], own->strides[0]);
+    group_low(pieces, &p->groups[1], &own->rooms[1], left_of(own, 1));
+    for (int64_t s = 0; s < steps; s += CHUNK) {
+        Left chunk = {own->left[2], CHUNK, s, least(s + CHUNK, steps)};
+        gate_and_up(p, l, own, first, count, chunk.from, chunk.to, half);
+        group_all(pieces, &p->groups[2], &own->rooms[2], chunk, own->rows[0], own->strides[0]);
+    }
     for (int64_t r = 0; r < count; r++) {
         float *from = own->rows[0] + r * own->strides[0];
         void *hidden = row(l->hidden, first + r, l->width, half), *out = row(l->out, first + r, l->width, half);
@@ -139,36 +149,61 @@ INLINE void outputs(const Pass *p, const Layer *l, const Own *own, int64_t first
 
 enum { GRAD, ACTIVATED, GATE_UP, NORMED, HIDDEN, ATTENDED };
 
-/* From the gradient of `down`'s output to those of gate and up, and `down`'s input again, 32 columns at a time. */
-INLINE void activation_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
+/* From the gradient of down's output to those of gate and up, and down's input again: steps `from` up to `to`, gate's
+ * before up's. */
+INLINE void activation_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int64_t from,
+                            int64_t to, int half) {
     int pieces = half ? 1 : PIECES;
-    int64_t wide = l->intermediate, up_at = p->groups[1].output_at[1], both = own->steps[GATE_UP];
+    uint16_t *gates = own->left[GATE_UP], *ups = gates + CHUNK * pieces * LEFT, *activations = own->left[ACTIVATED];
     float *grads = own->rows[ACTIVATED];
-    for (int64_t n = 0; n < wide; n += WIDE) {
-        group_back(pieces, &p->groups[2], &own->rooms[2], own->left[GRAD], n, WIDE, grads, own->strides[ACTIVATED]);
+    for (int64_t n = from * WIDE; n < to * WIDE; n += WIDE) {
+        group_back(pieces, &p->groups[2], &own->rooms[2], left_of(own, GRAD), 1, n, WIDE, 1, grads, own->strides[ACTIVATED]);
+        int64_t columns = least(WIDE, l->intermediate - n), at = n - from * WIDE;
         for (int64_t r = 0; r < count; r++) {
             const void *kept = kept_row(l, first + r, n, half);
-            int64_t c = n, end = least(n + WIDE, wide);
-            for (; c < end; c += WIDTH) {
-                vec slope, gate = load(kept, c - n, half), up = load(kept, WIDE + c - n, half), v = activated(l, gate, &slope);
-                vec grad = load(grads + r * own->strides[ACTIVATED], c - n, 0);
-                put_left(pieces, own->left[GATE_UP], both, r, c, grad * up * slope);
-                put_left(pieces, own->left[GATE_UP], both, r, up_at + c, grad * v);
-                put_left(pieces, own->left[ACTIVATED], own->steps[ACTIVATED], r, c, v * up);
+            for (int64_t c = 0; c < columns; c += WIDTH) {
+                vec slope, gate = load(kept, c, half), up = load(kept, WIDE + c, half), v = activated(l, gate, &slope);
+                vec grad = load(grads + r * own->strides[ACTIVATED], c, 0);
+                put_left(pieces, gates, 2 * CHUNK, r, at + c, grad * up * slope);
+                put_left(pieces, ups, 2 * CHUNK, r, at + c, grad * v);
+                put_left(pieces, activations, CHUNK, r, at + c, v * up);
             }
-            fill_left(pieces, own->left[GATE_UP], both, r, c);
-            fill_left(pieces, own->left[GATE_UP], both, r, up_at + c);
-            fill_left(pieces, own->left[ACTIVATED], own->steps[ACTIVATED], r, c);
+            fill_left(pieces, gates, 2 * CHUNK, r, at + columns);
+            fill_left(pieces, ups, 2 * CHUNK, r, at + columns);
+            fill_left(pieces, activations, CHUNK, r, at + columns);
         }
     }
 }
 
-#define BEGIN_BACK(number, grad) group_begin_back(pieces, &p->groups[number], &own->rooms[number], own->left[grad])
-#define SUMS(number, x, grad)                                                                               \
-    group_sums(pieces, &p->groups[number], &own->rooms[number], own->left[x], own->left[grad], own->sums[number])
-#define BACK(number, grad, into)                                                                            \
-    group_back(pieces, &p->groups[number], &own->rooms[number], own->left[grad], 0, p->groups[number].inputs, \
-               own->rows[into], own->strides[into])
+/* The feed-forward block back, from the gradient of its output to that of its input, normed. */
+INLINE void block_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
+    int pieces = half ? 1 : PIECES;
+    int64_t steps = wides(l->intermediate), width = own->strides[HIDDEN];
+    const Group *pair = &p->groups[1], *down = &p->groups[2];
+    const Room *pair_room = &own->rooms[1], *down_room = &own->rooms[2];
+    group_low_back(pieces, down, down_room, 0, left_of(own, GRAD));
+    group_low_back_done(pieces, down, down_room);
+    group_low(pieces, pair, pair_room, left_of(own, NORMED));
+    for (int64_t s = 0; s < steps; s += CHUNK) {
+        int64_t to = least(s + CHUNK, steps);
+        activation_back(p, l, own, first, count, s, to, half);
+        Left activated = {own->left[ACTIVATED], CHUNK, s, to};
+        group_low(pieces, down, down_room, activated);
+        sums_of_a(pieces, down, down_room, activated, own->sums[2]);
+        for (int64_t i = 0; i < 2; i++) {
+            Left grad = {own->left[GATE_UP] + i * CHUNK * pieces * LEFT, 2 * CHUNK, s, to};
+            group_low_back(pieces, pair, pair_room, i, grad);
+            sums_of_b(pieces, pair, pair_room, i, grad, own->sums[1]);
+            grad.from += i * steps, grad.to += i * steps;
+            group_back(pieces, pair, pair_room, grad, 0, 0, l->width, !grad.from, own->rows[HIDDEN], width);
+        }
+    }
+    sums_of_b(pieces, down, down_room, 0, left_of(own, GRAD), own->sums[2]);
+    group_low_back_done(pieces, pair, pair_room);
+    sums_of_a(pieces, pair, pair_room, left_of(own, NORMED), own->sums[1]);
+    Left none = {own->left[GATE_UP], 2 * CHUNK, 0, 0};
+    if (pieces == 1) group_back(pieces, pair, pair_room, none, 1, 0, l->width, 0, own->rows[HIDDEN], width);
+}
 
 INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
     int pieces = half ? 1 : PIECES;
@@ -180,21 +215,16 @@ INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t 
         put_row(pieces, own->left[ATTENDED], own->steps[ATTENDED], r, row(l->attended, first + r, l->attended_width, half),
                 l->attended_width, half);
     }
-    BEGIN_BACK(2, GRAD);
-    activation_back(p, l, own, first, count, half);
-    SUMS(2, ACTIVATED, GRAD);
-    BEGIN_BACK(1, GATE_UP);
-    SUMS(1, NORMED, GATE_UP);
-    BACK(1, GATE_UP, HIDDEN);
+    block_back(p, l, own, first, count, half);
     for (int64_t r = 0; r < count; r++) {
         void *to = row(l->hidden_grad, first + r, width, half);
         norm_back(own->rows[HIDDEN] + r * own->strides[HIDDEN], row(l->hidden, first + r, width, half), l->block_norm,
                   row(l->grad, first + r, width, half), l->block_eps, width, to, half);
         put_row(pieces, own->left[HIDDEN], own->steps[HIDDEN], r, to, width, half);
     }
-    BEGIN_BACK(0, HIDDEN);
-    SUMS(0, ATTENDED, HIDDEN);
-    BACK(0, HIDDEN, ATTENDED);
+    group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, ATTENDED), left_of(own, HIDDEN), own->sums[0]);
+    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, HIDDEN), 1, 0, l->attended_width, 1, own->rows[ATTENDED],
+               own->strides[ATTENDED]);
     for (int64_t r = 0; r < count; r++) {
         void *to = row(l->attended_grad, first + r, l->attended_width, half);
         for (int64_t c = 0; c < l->attended_width; c += WIDTH)
@@ -214,10 +244,10 @@ INLINE void inputs_back(const Pass *p, const Layer *l, const Own *own, int64_t f
         put_normed(pieces, own->left[NORMED], own->steps[NORMED], r, row(l->x, first + r, width, half), l->attention_norm,
                    l->attention_eps, width, half);
     }
-    BEGIN_BACK(0, GRAD);
-    SUMS(0, NORMED, GRAD);
+    group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, NORMED), left_of(own, GRAD), own->sums[0]);
     if (!l->x_grad) return;
-    BACK(0, GRAD, HIDDEN);
+    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, GRAD), 1, 0, width, 1, own->rows[HIDDEN],
+               own->strides[HIDDEN]);
     for (int64_t r = 0; r < count; r++)
         norm_back(own->rows[HIDDEN] + r * own->strides[HIDDEN], row(l->x, first + r, width, half), l->attention_norm,
                   row(l->hidden_grad, first + r, width, half), l->attention_eps, width, row(l->x_grad, first + r, width, half),
@@ -261,22 +291,20 @@ EXPORT int layer_inputs(const Layer *l) {
 
 /* x and attended to hidden, gate_up, out. */
 EXPORT int layer_outputs(const Layer *l) {
-    int64_t wide = wides(l->intermediate) * WIDE;
     Pass p = {.half = (int)l->half,
               .tokens = l->tokens,
               .row_widths = {l->width, 2 * WIDE},
-              .left_widths = {l->attended_width, l->width, wide}};
+              .left_widths = {l->attended_width, l->width, CHUNK * WIDE}};
     return run_pass(&p, l, other_groups, l->half ? outputs_half : outputs_whole);
 }
 
 /* grad to hidden_grad, attended_grad and the gradients of output, gate, up, down. */
 EXPORT int layer_outputs_back(const Layer *l) {
-    int64_t wide = wides(l->intermediate) * WIDE;
     Pass p = {.half = (int)l->half,
               .back = 1,
               .tokens = l->tokens,
               .row_widths = {[ACTIVATED] = WIDE, [HIDDEN] = l->width, [ATTENDED] = l->attended_width},
-              .left_widths = {l->width, wide, 2 * wide, l->width, l->width, l->attended_width}};
+              .left_widths = {l->width, CHUNK * WIDE, 2 * CHUNK * WIDE, l->width, l->width, l->attended_width}};
     return run_pass(&p, l, other_groups, l->half ? outputs_back_half : outputs_back_whole);
 }
 

@@ -19,7 +19,6 @@
 #define LEFT (WIDE * WIDE) /* bfloat16 of a block's step and piece */
 #define RIGHT (LEFT / 2)  /* pairs of a panel's step and piece */
 #define AWAKE 12          /* times pieces: steps without a store, at most */
-#define STEPS 24          /* times pieces: what stays in the first-level cache */
 
 INLINE int64_t wides(int64_t count) { return (count + WIDE - 1) / WIDE; }
 
@@ -92,43 +91,46 @@ INLINE void store_sums(int down, int across, float *to, int64_t stride) {
     if (down && across) _tile_stored(3, to + TILE * stride + TILE, stride * 4);
 }
 
-/* One factor of a product: the left side's blocks, and the panels of the right side. */
+/* Left blocks of `steps` steps each, which are steps `from` up to `to` of a product's depth. */
 typedef struct {
-    const uint16_t *left;
+    const uint16_t *at;
+    int64_t steps, from, to;
+} Left;
+
+INLINE Left whole_left(const uint16_t *at, int64_t steps) { return (Left){at, steps, 0, steps}; }
+
+/* A product's factors: the right side's panels have `steps` steps. */
+typedef struct {
+    Left left;
     const uint32_t *right;
-    int64_t steps;      /* of the product */
-    int64_t left_steps; /* from one left block to the next one, where the left side goes on beyond the product */
+    int64_t steps;
 } Factor;
 
-/* Sums [32 blocks, 32] (+)= blocks times one panel, or 16 of its columns, steps `from` up to `to`; the next panel is
- * brought near. */
-INLINE void multiply_panel(int pieces, int across, int64_t blocks, const Factor *f, int64_t n, int64_t from, int64_t to,
-                           int fresh, float *out, int64_t stride) {
-    const uint32_t *right = f->right + (n * f->steps + from) * pieces * RIGHT;
-    const char *ahead = (const char *)(right + f->steps * pieces * RIGHT);
+INLINE void multiply_blocks(int pieces, int across, int64_t blocks, const Factor *one, const Factor *more, int64_t n,
+                            int64_t fresh, float *out, int64_t stride) {
+    const uint32_t *right = one->right + (n * one->steps + one->left.from) * pieces * RIGHT;
+    const char *ahead = (const char *)(right + one->steps * pieces * RIGHT);
+    int64_t depth = one->left.to - one->left.from;
     int64_t lines = (pieces * RIGHT / 16 + blocks - 1) / blocks; /* of the next panel, for each step and block */
-    for (int64_t m = 0; m < blocks; m++, out += WIDE * stride, ahead += lines * (to - from) * 64) {
+    for (int64_t m = 0; m < blocks; m++, out += WIDE * stride, ahead += lines * depth * 64) {
         if (fresh) clear_sums(1, across);
         else load_sums(1, across, out, stride);
-        accumulate(pieces, 1, across, to - from, f->left + (m * f->left_steps + from) * pieces * LEFT, LEFT, LEFT / 2, right,
-                   ahead, lines);
+        accumulate(pieces, 1, across, depth, one->left.at + m * one->left.steps * pieces * LEFT, LEFT, LEFT / 2, right, ahead,
+                   lines);
+        if (more)
+            accumulate(pieces, 1, across, more->steps, more->left.at + m * more->left.steps * pieces * LEFT, LEFT, LEFT / 2,
+                       more->right + n * more->steps * pieces * RIGHT, ahead, 0);
         store_sums(1, across, out, stride);
     }
 }
 
-/* out [32 blocks, columns], rows `stride` apart, = the sum of one or two products. Columns are a multiple of 16. A few
- * steps at a time, whose part of a panel stays in the first-level cache for all blocks. */
-INLINE void multiply(int pieces, int64_t blocks, int64_t columns, const Factor *one, const Factor *more, float *out,
-                     int64_t stride) {
-    for (int64_t n = 0; n < wides(columns); n++, out += WIDE) {
-        int across = columns - n * WIDE > TILE, fresh = 1;
-        for (const Factor *f = one; f; f = f == one ? more : 0)
-            for (int64_t s = 0; s < f->steps; s += STEPS / pieces, fresh = 0) {
-                int64_t to = least(s + STEPS / pieces, f->steps);
-                if (across) multiply_panel(pieces, 1, blocks, f, n, s, to, fresh, out, stride);
-                else multiply_panel(pieces, 0, blocks, f, n, s, to, fresh, out, stride);
-            }
-    }
+/* out [32 blocks, columns], rows `stride` apart, = the sum of one or two products, or with `fresh` 0 that much more.
+ * Columns are a multiple of 16. */
+INLINE void multiply(int pieces, int64_t blocks, int64_t columns, const Factor *one, const Factor *more, int64_t fresh,
+                     float *out, int64_t stride) {
+    for (int64_t n = 0; n < wides(columns); n++, out += WIDE)
+        if (columns - n * WIDE > TILE) multiply_blocks(pieces, 1, blocks, one, more, n, fresh, out, stride);
+        else multiply_blocks(pieces, 0, blocks, one, more, n, fresh, out, stride);
 }
 
 /* Sixteen values, in the upper halves of words, as pieces. */
@@ -160,26 +162,40 @@ typedef struct {
     const float *b, *a;
 } Matrix;
 
-INLINE vec sixteen(const Matrix *m, int64_t row, int64_t column) {
-    if (row >= m->rows || column >= m->columns) return (vec){0};
-    const void *from = row_of(m->at, row, m->columns, m->half);
-    vec v = m->half ? load(from, column, 1) : load(from, column, 0);
-    const float *b = m->b + row * m->rank, *a = m->a + column;
-    for (int64_t r = 0; r < m->rank; r++) v += b[r] * load(a + r * m->columns, 0, 0);
-    return v;
+/* [16, 16] of the matrix from a row and a column on; 0 where there is none. */
+INLINE void square(const Matrix *m, int64_t row, int64_t column, vec to[TILE]) {
+    int64_t rows = column < m->columns ? least(TILE, m->rows - row) : 0;
+    for (int64_t r = 0; r < TILE; r++) {
+        const void *from = row_of(m->at, row + r, m->columns, m->half);
+        to[r] = r >= rows ? (vec){0} : m->half ? load(from, column, 1) : load(from, column, 0);
+    }
+    if (rows < 1) return;
+    for (int64_t k = 0; k < m->rank; k += TILE) {
+        vec a[TILE]; /* stays in registers */
+        _Pragma("GCC unroll 16") for (int j = 0; j < TILE; j++) a[j] = load(m->a + (k + j) * m->columns, column, 0);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *b = m->b + (row + r) * m->rank + k;
+            vec v = to[r], more = {0};
+            _Pragma("GCC unroll 8") for (int j = 0; j < TILE; j += 2) v += b[j] * a[j], more += b[j + 1] * a[j + 1];
+            to[r] = v + more;
+        }
+    }
 }
 
 /* A panel of the right side of x M': 32 rows of M. */
 INLINE void panel_along(int pieces, const Matrix *m, int64_t panel, uint32_t *to) {
     uint16_t rows[PIECES][TILE][WIDE] __attribute__((aligned(64)));
+    vec values[TILE];
     for (int64_t s = 0; s < wides(m->columns); s++, to += pieces * RIGHT)
         for (int64_t h = 0; h < 2; h++) {
-            for (int64_t r = 0; r < TILE; r++)
-                for (int64_t c = 0; c < WIDE; c += WIDTH) {
+            for (int64_t c = 0; c < WIDE; c += WIDTH) {
+                square(m, panel * WIDE + h * TILE, s * WIDE + c, values);
+                for (int64_t r = 0; r < TILE; r++) {
                     uvec found[PIECES];
-                    split(pieces, sixteen(m, panel * WIDE + h * TILE + r, s * WIDE + c), found);
+                    split(pieces, values[r], found);
                     for (int p = 0; p < pieces; p++) *(hvec_at *)&rows[p][r][c] = upper_half(found[p]);
                 }
+            }
             for (int p = 0; p < pieces; p++)
                 transpose((const float *)(const void *)rows[p], TILE, (float *)(void *)(to + p * RIGHT + h * RIGHT / 2), TILE);
         }
@@ -193,11 +209,13 @@ INLINE void pair(int pieces, vec even, vec odd, uint32_t *to, int64_t piece) {
 
 /* A panel of the right side of g M: 32 columns of M. */
 INLINE void panel_down(int pieces, const Matrix *m, int64_t panel, uint32_t *to) {
+    vec values[TILE];
     for (int64_t s = 0; s < wides(m->rows); s++, to += pieces * RIGHT)
         for (int64_t h = 0; h < 2; h++)
-            for (int64_t j = 0; j < WIDE / 2; j++) {
-                int64_t row = s * WIDE + 2 * j, column = panel * WIDE + h * TILE;
-                pair(pieces, sixteen(m, row, column), sixteen(m, row + 1, column), to + h * RIGHT / 2 + j * TILE, RIGHT);
+            for (int64_t r = 0; r < WIDE; r += TILE) {
+                square(m, s * WIDE + r, panel * WIDE + h * TILE, values);
+                for (int64_t j = 0; j < TILE; j += 2)
+                    pair(pieces, values[j], values[j + 1], to + h * RIGHT / 2 + (r + j) / 2 * TILE, RIGHT);
             }
 }
 
