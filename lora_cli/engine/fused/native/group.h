@@ -235,14 +235,22 @@ INLINE void group_low_back_done(int pieces, const Group *g, const Room *room) {
     turn_rows(pieces, room->back, low_stride(g), room->rows, g->ranks, room->back_turned);
 }
 
-/* `columns` of the input's gradient from `first` on, a multiple of 32, from the outputs' gradients or some of their steps;
- * with `low`, what the adapters add in bfloat16 as well, of which g s B must be whole. */
-INLINE void group_back(int pieces, const Group *g, const Room *room, Left grad, int low, int64_t first, int64_t columns,
-                       int64_t fresh, float *out, int64_t stride) {
-    int64_t steps = wides(g->outputs), ranks = wides(g->ranks);
-    Factor one = {grad, g->main + first / WIDE * steps * pieces * RIGHT, steps};
-    Factor more = {whole_left(room->back_left, ranks), g->low_in + first / WIDE * ranks * pieces * RIGHT, ranks};
-    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && low && ranks ? &more : 0, fresh, out, stride);
+/* `columns` of the input's gradient from `first` on, a multiple of 32, from the outputs' gradients or some of their steps:
+ * `grad`, and `more` where there is such. */
+INLINE void group_back(int pieces, const Group *g, const Room *room, Left grad, const Left *more, int64_t first,
+                       int64_t columns, int64_t fresh, float *out, int64_t stride) {
+    int64_t steps = wides(g->outputs);
+    const uint32_t *right = g->main + first / WIDE * steps * pieces * RIGHT;
+    Factor one = {grad, right, steps}, other = {more ? *more : grad, right, steps};
+    multiply(pieces, room->rows / WIDE, columns, &one, more ? &other : 0, fresh, out, stride);
+}
+
+/* What the adapters add to that in bfloat16; g s B must be whole. */
+INLINE void group_back_low(int pieces, const Group *g, const Room *room, int64_t first, int64_t columns, float *out,
+                           int64_t stride) {
+    int64_t ranks = wides(g->ranks);
+    Factor low = {whole_left(room->back_left, ranks), g->low_in + first / WIDE * ranks * pieces * RIGHT, ranks};
+    if (pieces == 1 && ranks) multiply(pieces, room->rows / WIDE, columns, &low, 0, 0, out, stride);
 }
 
 /* sums [ranks, columns] += what was turned times the rows that lie as left blocks, from a column on. */

@@ -157,7 +157,8 @@ INLINE void activation_back(const Pass *p, const Layer *l, const Own *own, int64
     uint16_t *gates = own->left[GATE_UP], *ups = gates + CHUNK * pieces * LEFT, *activations = own->left[ACTIVATED];
     float *grads = own->rows[ACTIVATED];
     for (int64_t n = from * WIDE; n < to * WIDE; n += WIDE) {
-        group_back(pieces, &p->groups[2], &own->rooms[2], left_of(own, GRAD), 1, n, WIDE, 1, grads, own->strides[ACTIVATED]);
+        group_back(pieces, &p->groups[2], &own->rooms[2], left_of(own, GRAD), 0, n, WIDE, 1, grads, own->strides[ACTIVATED]);
+        group_back_low(pieces, &p->groups[2], &own->rooms[2], n, WIDE, grads, own->strides[ACTIVATED]);
         int64_t columns = least(WIDE, l->intermediate - n), at = n - from * WIDE;
         for (int64_t r = 0; r < count; r++) {
             const void *kept = kept_row(l, first + r, n, half);
@@ -190,19 +191,17 @@ INLINE void block_back(const Pass *p, const Layer *l, const Own *own, int64_t fi
         Left activated = {own->left[ACTIVATED], CHUNK, s, to};
         group_low(pieces, down, down_room, activated);
         sums_of_a(pieces, down, down_room, activated, own->sums[2]);
-        for (int64_t i = 0; i < 2; i++) {
-            Left grad = {own->left[GATE_UP] + i * CHUNK * pieces * LEFT, 2 * CHUNK, s, to};
-            group_low_back(pieces, pair, pair_room, i, grad);
-            sums_of_b(pieces, pair, pair_room, i, grad, own->sums[1]);
-            grad.from += i * steps, grad.to += i * steps;
-            group_back(pieces, pair, pair_room, grad, 0, 0, l->width, !grad.from, own->rows[HIDDEN], width);
-        }
+        Left gate = {own->left[GATE_UP], 2 * CHUNK, s, to};
+        Left up = {gate.at + CHUNK * pieces * LEFT, 2 * CHUNK, s, to};
+        group_low_back(pieces, pair, pair_room, 0, gate), group_low_back(pieces, pair, pair_room, 1, up);
+        sums_of_b(pieces, pair, pair_room, 0, gate, own->sums[1]), sums_of_b(pieces, pair, pair_room, 1, up, own->sums[1]);
+        up.from += steps, up.to += steps; /* of both layers' outputs */
+        group_back(pieces, pair, pair_room, gate, &up, 0, l->width, !s, own->rows[HIDDEN], width);
     }
     sums_of_b(pieces, down, down_room, 0, left_of(own, GRAD), own->sums[2]);
     group_low_back_done(pieces, pair, pair_room);
     sums_of_a(pieces, pair, pair_room, left_of(own, NORMED), own->sums[1]);
-    Left none = {own->left[GATE_UP], 2 * CHUNK, 0, 0};
-    if (pieces == 1) group_back(pieces, pair, pair_room, none, 1, 0, l->width, 0, own->rows[HIDDEN], width);
+    group_back_low(pieces, pair, pair_room, 0, l->width, own->rows[HIDDEN], width);
 }
 
 INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
@@ -223,8 +222,9 @@ INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t 
         put_row(pieces, own->left[HIDDEN], own->steps[HIDDEN], r, to, width, half);
     }
     group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, ATTENDED), left_of(own, HIDDEN), own->sums[0]);
-    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, HIDDEN), 1, 0, l->attended_width, 1, own->rows[ATTENDED],
+    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, HIDDEN), 0, 0, l->attended_width, 1, own->rows[ATTENDED],
                own->strides[ATTENDED]);
+    group_back_low(pieces, &p->groups[0], &own->rooms[0], 0, l->attended_width, own->rows[ATTENDED], own->strides[ATTENDED]);
     for (int64_t r = 0; r < count; r++) {
         void *to = row(l->attended_grad, first + r, l->attended_width, half);
         for (int64_t c = 0; c < l->attended_width; c += WIDTH)
@@ -246,8 +246,9 @@ INLINE void inputs_back(const Pass *p, const Layer *l, const Own *own, int64_t f
     }
     group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, NORMED), left_of(own, GRAD), own->sums[0]);
     if (!l->x_grad) return;
-    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, GRAD), 1, 0, width, 1, own->rows[HIDDEN],
+    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, GRAD), 0, 0, width, 1, own->rows[HIDDEN],
                own->strides[HIDDEN]);
+    group_back_low(pieces, &p->groups[0], &own->rooms[0], 0, width, own->rows[HIDDEN], own->strides[HIDDEN]);
     for (int64_t r = 0; r < count; r++)
         norm_back(own->rows[HIDDEN] + r * own->strides[HIDDEN], row(l->x, first + r, width, half), l->attention_norm,
                   row(l->hidden_grad, first + r, width, half), l->attention_eps, width, row(l->x_grad, first + r, width, half),

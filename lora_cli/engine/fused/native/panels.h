@@ -106,20 +106,22 @@ typedef struct {
     int64_t steps;
 } Factor;
 
+/* Of a block and a panel. */
+INLINE void accumulate_factor(int pieces, int across, const Factor *f, int64_t m, int64_t n, const char *ahead,
+                              int64_t lines) {
+    accumulate(pieces, 1, across, f->left.to - f->left.from, f->left.at + m * f->left.steps * pieces * LEFT, LEFT, LEFT / 2,
+               f->right + (n * f->steps + f->left.from) * pieces * RIGHT, ahead, lines);
+}
+
 INLINE void multiply_blocks(int pieces, int across, int64_t blocks, const Factor *one, const Factor *more, int64_t n,
                             int64_t fresh, float *out, int64_t stride) {
-    const uint32_t *right = one->right + (n * one->steps + one->left.from) * pieces * RIGHT;
-    const char *ahead = (const char *)(right + one->steps * pieces * RIGHT);
-    int64_t depth = one->left.to - one->left.from;
+    const char *ahead = (const char *)(one->right + ((n + 1) * one->steps + one->left.from) * pieces * RIGHT);
     int64_t lines = (pieces * RIGHT / 16 + blocks - 1) / blocks; /* of the next panel, for each step and block */
-    for (int64_t m = 0; m < blocks; m++, out += WIDE * stride, ahead += lines * depth * 64) {
+    for (int64_t m = 0; m < blocks; m++, out += WIDE * stride) {
         if (fresh) clear_sums(1, across);
         else load_sums(1, across, out, stride);
-        accumulate(pieces, 1, across, depth, one->left.at + m * one->left.steps * pieces * LEFT, LEFT, LEFT / 2, right, ahead,
-                   lines);
-        if (more)
-            accumulate(pieces, 1, across, more->steps, more->left.at + m * more->left.steps * pieces * LEFT, LEFT, LEFT / 2,
-                       more->right + n * more->steps * pieces * RIGHT, ahead, 0);
+        accumulate_factor(pieces, across, one, m, n, ahead + m * lines * (one->left.to - one->left.from) * 64, lines);
+        if (more) accumulate_factor(pieces, across, more, m, n, ahead, 0);
         store_sums(1, across, out, stride);
     }
 }
