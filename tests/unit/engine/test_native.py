@@ -17,10 +17,8 @@ import torch
 from lora_cli.config import AdapterConfig
 from lora_cli.engine.fused import fitting
 from lora_cli.engine.fused.fitting import fuse
-from lora_cli.engine.fused.linear import Adapted
 from lora_cli.engine.fused.native import compiled, kernels, proof
 from lora_cli.engine.fused.native import layer as native_layer
-from lora_cli.engine.fused.native.tiles import TileJoint, joint
 from lora_cli.engine.selftest import prove
 from lora_cli.engine.world import World
 from tests.unit.engine.learning import LENGTHS, PACKED, engine_steps, examples
@@ -203,48 +201,3 @@ def test_the_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
     compiled.library.cache_clear()
     assert compiled.library() is not None
-
-
-@pytest.mark.skipif(not kernels.has_tiles(), reason="needs matrix tiles")
-@pytest.mark.parametrize("name", ["tile_product", "tile_sums", "pair_rows", "pair_along"])
-def test_a_wrong_product_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(kernels, name)
-
-    def wrong(*arguments: Any, **named: Any) -> Any:
-        result = right(*arguments, **named)
-        if name == "tile_product":
-            arguments[2][0] *= -1
-        elif name == "tile_sums":
-            result[0] *= -1
-        else:
-            result.pairs.view(-1)[:16] ^= 0x8000  # the sign of the first of each pair
-        return result
-
-    monkeypatch.setattr(kernels, name, wrong)
-    assert not proof.holds(proof.Sizes(4, 2, 64, 256, 688, 500), torch.bfloat16)
-
-
-@pytest.mark.skipif(not kernels.has_tiles(), reason="needs matrix tiles")
-@pytest.mark.parametrize("tokens", [1, 31, 32, 300])
-@pytest.mark.parametrize("ranks", [(16, 16), (4, 0), (40, 8)])
-def test_products_on_tiles_of_any_number_of_rows(tokens: int, ranks: tuple[int, ...], world: World) -> None:
-    def layer(outputs: int, rank: int) -> Adapted:
-        a = torch.randn(rank, 48) if rank else None
-        bias = torch.randn(outputs).bfloat16() if rank == 4 else None
-        return Adapted(torch.randn(outputs, 48).bfloat16(), bias, a, torch.randn(outputs, rank) if rank else None, 0.5)
-
-    torch.manual_seed(0)
-    layers = [layer(64, ranks[0]), layer(32, ranks[1])]
-    exact = [replace(e, weight=e.weight.float(), bias=None if e.bias is None else e.bias.float()) for e in layers]
-    found, expected = (joint(which, dtype) for which, dtype in ((layers, torch.bfloat16), (exact, torch.float32)))
-    assert isinstance(found, TileJoint)
-    x, grad = torch.randn(tokens, 48).bfloat16(), torch.randn(tokens, 96).bfloat16()
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    results = []
-    for each, dtype in ((found, torch.bfloat16), (expected, torch.float32)):
-        room = each.room(x.to(dtype))
-        room[:, :48] = x
-        output = each.project(room)
-        results.append([output, each.back(grad.to(dtype)), *each.gradients(room[:, :48], grad.to(dtype))])
-    pairs = list(zip(*results, strict=True))
-    assert all(float((one.float() - other).norm() / other.norm()) < 1e-2 for one, other in pairs)

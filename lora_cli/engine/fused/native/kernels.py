@@ -36,16 +36,9 @@ _SIGNATURES = {
         *(_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL),
         *(_PLACE, _COUNT, _PLACE, _COUNT, *[_PLACE] * 2),
     ),
-    "pair_weight_along": (*[_COUNT] * 2, *[_PLACE] * 2),
-    "pair_weight_rows": (*[_COUNT] * 2, *[_PLACE] * 2),
-    "tile_product_of": (
-        *(*[_COUNT] * 3, _PLACE, _COUNT, _PLACE, *[_COUNT] * 2),
-        *(_COUNT, _PLACE, _COUNT, *[_PLACE] * 3, _COUNT),
-    ),
-    "tile_sums_of": (*[_COUNT] * 2, _PLACE, *[_COUNT] * 2, _PLACE, _COUNT, _PLACE),
 }
 
-_FAILING = ("attend", "attend_back", "tile_product_of", "tile_sums_of")
+_FAILING = ("attend", "attend_back")
 """What asks for memory, and says 1 when there is none."""
 
 
@@ -168,57 +161,3 @@ def attend_back(grad: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, heads:
 def has_tiles() -> bool:
     """Whether the processor multiplies bfloat16 on matrix tiles that this process may use."""
     return available() and bool(_compiled().has_tiles())
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The right side of a product on tiles."""
-
-    pairs: Tensor
-    columns: int
-    row: int
-    """Pairs from one row to the next."""
-    panel: int
-    """Pairs from 64 columns to the next 64."""
-
-
-def pair_along(weight_OI: Tensor) -> Paired:
-    """The right side of x W'. O is a multiple of 16, I of 32."""
-    rows, depth = weight_OI.shape
-    pairs = torch.empty(-(-rows // 64) * 64 * depth // 2, dtype=torch.int32)
-    _compiled().pair_weight_along(rows, depth, weight_OI.data_ptr(), pairs.data_ptr())
-    return Paired(pairs, rows, 64, 64 * depth // 2)
-
-
-def pair_rows(weights_OI: Sequence[Tensor]) -> Paired:
-    """The right side of g W, for weights one below the other. Each O is even, I a multiple of 16."""
-    columns = weights_OI[0].shape[1]
-    pairs, done = torch.empty(sum(len(w) for w in weights_OI) // 2, columns, dtype=torch.int32), 0
-    for weight in weights_OI:
-        place = pairs[done // 2 :].data_ptr()
-        _compiled().pair_weight_rows(len(weight), columns, weight.contiguous().data_ptr(), place)
-        done += len(weight)
-    return Paired(pairs, columns, columns, 64)
-
-
-def tile_product(
-    left: Tensor, right: Paired, out: Tensor, bias: Tensor | None = None, more: tuple[Tensor, Paired] | None = None
-) -> None:
-    """out [T, columns] = left right, plus bias, plus the product of two `more`, the right one of `pair_rows`."""
-    first = (left.shape[1], left.data_ptr(), left.stride(0), right.pairs.data_ptr(), right.row, right.panel)
-    second: tuple[int | None, ...] = (0, None, 0, None)
-    if more is not None:
-        second = (more[0].shape[1], more[0].data_ptr(), more[0].stride(0), more[1].pairs.data_ptr())
-    last = (None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0))
-    if _compiled().tile_product_of(len(left), right.columns, *first, *second, *last):
-        raise MemoryError("a product: out of memory")
-
-
-def tile_sums(left_TR: Tensor, right_TN: Tensor) -> Tensor:
-    """[R, N] float32: left' right. R is a multiple of 32, N of 16."""
-    sums = torch.empty(left_TR.shape[1], right_TN.shape[1], dtype=torch.float32)
-    left = (left_TR.shape[1], left_TR.data_ptr(), left_TR.stride(0))
-    right = (right_TN.shape[1], right_TN.data_ptr(), right_TN.stride(0))
-    if _compiled().tile_sums_of(len(left_TR), *left, *right, sums.data_ptr()):
-        raise MemoryError("a product: out of memory")
-    return sums

@@ -320,4 +320,11 @@ EXPORT int layer_inputs_back(const Layer *l) {
     return run_pass(&p, l, first_group, l->half ? inputs_back_half : inputs_back_whole);
 }
 
+/* Whether there are tiles that this process may use. */
+EXPORT int has_tiles(void) { return tiles_fit(1, DEPTH); }
+
+#else
+
+EXPORT int has_tiles(void) { return 0; }
+
 #endif

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.layer import DecoderLayer
 from lora_cli.engine.fused.native import kernels
-from lora_cli.engine.fused.native.tiles import joint
+from lora_cli.engine.fused.native.joint import Joint
 
 LONGEST = 4096
 """Tokens of a document up to which attention is faster than PyTorch's."""
@@ -46,14 +46,14 @@ class NativeLayer(torch.autograd.Function):
         x_TM, dtype = x_TM.contiguous(), x_TM.dtype
         heads = heads_of(layer, where.lengths)
         first, second = layer.attention_norm, layer.block_norm
-        inputs, output = joint(layer.inputs, dtype), joint([layer.output], dtype)
+        inputs, output = Joint(layer.inputs, dtype), Joint([layer.output], dtype)
         room, width = inputs.room(x_TM), x_TM.shape[1]
         kernels.rms_norm(x_TM, first.weight, first.eps, out_TM=room[:, :width])
         qkv = inputs.project(room)
         kernels.rotate(qkv, heads.query + heads.key, cos_TE, sin_TE)
         attended, log_sums = kernels.attend(qkv, heads, output.room(x_TM))
         hidden_TM = output.project(attended)
-        pair, down = joint((layer.block.gate, layer.block.up), dtype), joint([layer.block.down], dtype)
+        pair, down = Joint((layer.block.gate, layer.block.up), dtype), Joint([layer.block.down], dtype)
         room = pair.room(x_TM)
         kernels.rms_norm(hidden_TM, second.weight, second.eps, more_TM=x_TM, out_TM=room[:, :width])
         gate_up = pair.project(room)
@@ -73,14 +73,14 @@ class NativeLayer(torch.autograd.Function):
         x_TM, cos_TE, sin_TE, qkv, attended, log_sums, hidden_TM, gate_up, *_ = ctx.saved_tensors
         grad_TM, dtype, block = grad_TM.contiguous(), x_TM.dtype, layer.block
         first, second = layer.attention_norm, layer.block_norm
-        down, pair = joint([block.down], dtype), joint((block.gate, block.up), dtype)
+        down, pair = Joint([block.down], dtype), Joint((block.gate, block.up), dtype)
         wide_TI, width = down.back(grad_TM), x_TM.shape[1]
         kernels.gated_back(gate_up, wide_TI, block.activation)
         normed = kernels.rms_norm(hidden_TM, second.weight, second.eps, out_TM=pair.room(x_TM)[:, :width])
         block_grads = [*pair.gradients(normed, gate_up), *down.gradients(wide_TI, grad_TM)]
         del wide_TI
         hidden_grad = kernels.rms_norm_back(pair.back(gate_up), hidden_TM, second.weight, grad_TM, second.eps)
-        output, inputs = joint([layer.output], dtype), joint(layer.inputs, dtype)
+        output, inputs = Joint([layer.output], dtype), Joint(layer.inputs, dtype)
         qkv_grad = kernels.attend_back(output.back(hidden_grad), attended, log_sums, qkv, heads)
         kernels.rotate(qkv_grad, heads.query + heads.key, cos_TE, sin_TE, -1.0)
         normed = kernels.rms_norm(x_TM, first.weight, first.eps, out_TM=inputs.room(x_TM)[:, :width])

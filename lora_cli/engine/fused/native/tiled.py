@@ -84,7 +84,7 @@ class TiledLayer(torch.autograd.Function):
         attended, log_sums = kernels.attend(qkv, heads)
         _add(call, attended=attended, hidden=hidden_TM, gate_up=gate_up, out=out_TM)
         _run("layer_outputs", call)
-        ctx.layer, ctx.heads, ctx.spent = layer, heads, False
+        ctx.layer, ctx.heads = layer, heads
         ctx.save_for_backward(
             *(x_TM, cos_TE, sin_TE, qkv, attended, log_sums, hidden_TM, gate_up),
             *trained,  # their versions are checked on the way back
