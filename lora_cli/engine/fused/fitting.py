@@ -149,7 +149,7 @@ def layer_of(module: nn.Module) -> DecoderLayer | None:
     if attention.keys() != _ATTENTION or mlp.keys() != _MLP:
         return None
     linears = {name: _adapted(part) for name, part in (*attention.items(), *mlp.items()) if name != "act_fn"}
-    norms = [_norm(children["input_layernorm"]), _norm(children["post_attention_layernorm"])]
+    norms = [norm_of(children["input_layernorm"]), norm_of(children["post_attention_layernorm"])]
     activation = _activation(mlp["act_fn"])
     settings = vars(children["self_attn"])
     size, scale = settings.get("head_dim"), settings.get("scaling")
@@ -172,7 +172,7 @@ def layer_of(module: nn.Module) -> DecoderLayer | None:
     )
 
 
-def _norm(module: nn.Module) -> Norm | None:
+def norm_of(module: nn.Module) -> Norm | None:
     """An RMS norm with one frozen weight, whatever its class is called."""
     parameters = dict(module.named_parameters())
     eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
