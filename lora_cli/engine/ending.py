@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_cli.engine.fused.fitting import norm_of
 from lora_cli.engine.fused.layer import Norm
 from lora_cli.engine.fused.native import head, kernels
+from lora_cli.engine.fused.parts import norm_of
 from lora_cli.engine.head import NoHead, backbone_of, head_of, instead, trained_in_head
 
 if TYPE_CHECKING:
