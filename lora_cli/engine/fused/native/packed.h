@@ -29,7 +29,11 @@ INLINE wide_hvec uppers(uvec first, uvec second) {
 /* 32 values of a row as one row of a tile, in each plane; a plane is two tiles after the one before. */
 INLINE void put_planes(vec first, vec second, int half, uint32_t *row) {
     if (half) {
+#ifdef __AVX512BF16__
+        *(__m512bh *)(void *)row = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
         *(wide_hvec *)row = uppers(rounded_bits(first), rounded_bits(second));
+#endif
         return;
     }
     uvec ones[PIECES], others[PIECES];
@@ -45,8 +49,9 @@ INLINE void pack_left(const void *from, int64_t count, int64_t depth, int half, 
         const void *values = row_of(from, r, depth, half);
         for (int64_t k = 0; k < depth; k += DEPTH, row += STEP(half)) {
             const vec none = {0};
-            if (r < count) put_planes(load(values, k, half), load(values, k + WIDTH, half), half, row);
-            else put_planes(none, none, half, row);
+            if (r >= count) put_planes(none, none, half, row);
+            else if (half) memcpy(row, (const uint16_t *)values + k, 64);
+            else put_planes(load(values, k, 0), load(values, k + WIDTH, 0), 0, row);
         }
     }
 }
