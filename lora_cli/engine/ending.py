@@ -61,8 +61,8 @@ class Ending:
         return run().last_hidden_state.squeeze(0), None
 
 
-def ending_of(model: PreTrainedModel) -> Ending | None:
-    """The model's ending, if it is plain and fits the kernels; None for anything else."""
+def ending_of(model: PreTrainedModel, positions: int) -> Ending | None:
+    """The model's ending, if it is plain and the kernels fit so many supervised positions; None for anything else."""
     try:
         backbone = backbone_of(model)
     except NoHead:
@@ -70,7 +70,9 @@ def ending_of(model: PreTrainedModel) -> Ending | None:
     linear = model.get_output_embeddings()
     if type(linear) is not nn.Linear or _changed(linear) or trained_in_head(model, backbone):
         return None
-    if not head.takes(linear.weight) or not _once(model, linear, partial(_is_plain, model, backbone, linear)):
+    if not head.takes(linear.weight, positions) or not _once(
+        model, linear, partial(_is_plain, model, backbone, linear)
+    ):
         return None
     norm = backbone._modules.get("norm")
     parts = None if norm is None or _changed(norm) else norm_of(norm)

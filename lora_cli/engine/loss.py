@@ -57,7 +57,7 @@ def chunked_loss(model: PreTrainedModel, batch: FlatBatch, native: bool = False,
         native: by compiled kernels, which are there: the model's whole ending where it is plain, or else
             cross-entropies.
     """
-    ending = ending_of(model) if native and torch.is_grad_enabled() else None
+    ending = ending_of(model, batch.num_supervised_tokens) if native and torch.is_grad_enabled() else None
     if ending is not None:
         return ending_losses(ending, _runner(model, batch, attention), batch.predictors, batch.targets, None)
     hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
@@ -100,7 +100,7 @@ def group_losses(
         groups_S: [S], int64, below `count`.
         native: as in `chunked_loss`.
     """
-    ending = ending_of(model) if native else None
+    ending = ending_of(model, batch.num_supervised_tokens) if native else None
     if ending is not None:
         run = _runner(model, batch, attention)
         return ending_losses(ending, run, batch.predictors, batch.targets, (groups_S, count))

@@ -25,6 +25,12 @@ from tests.unit.engine.test_native import NATIVE, narrowed
 pytestmark = pytest.mark.skipif(not kernels.available() or not kernels.has_tiles(), reason="needs matrix tiles")
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny batches, as if they were worth it."""
+    monkeypatch.setattr(head, "FEWEST", {torch.float32: 1, torch.bfloat16: 1})
+
+
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
     """In float64."""
     wide = x.double().requires_grad_()
@@ -141,7 +147,7 @@ def test_bfloat16_is_nearer_than_chunks(world: World, taken: list[Any], monkeypa
     way = replace(NATIVE, dtype=torch.bfloat16)
     ours = apart(gradients(narrowed(live("llama"), torch.bfloat16), way, LENGTHS, world, 64), expected)
     assert taken
-    monkeypatch.setattr(loss, "ending_of", lambda model: None)
+    monkeypatch.setattr(loss, "ending_of", lambda *_: None)
     chunks = apart(gradients(narrowed(live("llama"), torch.bfloat16), way, LENGTHS, world, 64), expected)
     assert ours < 1.05 * chunks
 
@@ -159,10 +165,10 @@ def test_groups_have_gradients_of_their_own(world: World) -> None:
         model.zero_grad()
         return sums.detach(), grads
 
-    assert ending_of(model) is not None  # type: ignore[arg-type]
+    assert ending_of(model, 8) is not None  # type: ignore[arg-type]
     found = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "ending_of", lambda model: None)
+        patch.setattr(loss, "ending_of", lambda *_: None)
         expected = run()
     for ours, theirs in zip(found, expected, strict=True):
         assert off(ours, theirs) < 2e-6
@@ -175,11 +181,11 @@ def _batch() -> FlatBatch:
 @pytest.mark.parametrize("model_type", ["gemma2", "cohere", "granite"])
 def test_a_model_that_does_more_to_its_logits_keeps_its_head(model_type: str) -> None:
     """Gemma 2 caps them at 5 here, Cohere and Granite scale them."""
-    assert ending_of(live(model_type)) is None  # type: ignore[arg-type]
+    assert ending_of(live(model_type), 8) is None  # type: ignore[arg-type]
 
 
 def test_a_cap_far_above_the_logits_is_found() -> None:
-    assert ending_of(live("gemma2", final_logit_softcapping=100.0)) is None  # type: ignore[arg-type]
+    assert ending_of(live("gemma2", final_logit_softcapping=100.0), 8) is None  # type: ignore[arg-type]
 
 
 def test_a_norm_that_adds_one_to_its_weight_stays_the_models_own(
@@ -217,25 +223,34 @@ def test_what_a_backbone_does_behind_its_norm_is_seen(world: World, taken: list[
     [AdapterConfig(r=4, target_modules=("q_proj", "lm_head")), AdapterConfig(r=4, modules_to_save=("lm_head",))],
 )
 def test_a_trained_head_is_no_frozen_one(adapter: AdapterConfig) -> None:
-    assert ending_of(live("llama", adapter)) is None  # type: ignore[arg-type]
+    assert ending_of(live("llama", adapter), 8) is None  # type: ignore[arg-type]
 
 
 def test_changes_are_seen() -> None:
     model: Any = live("llama")
-    assert ending_of(model) is not None
+    assert ending_of(model, 8) is not None
     model.lm_head.requires_grad_(True)
-    assert ending_of(model) is None
+    assert ending_of(model, 8) is None
     model.lm_head.requires_grad_(False)
-    assert ending_of(model).norm is model.model.norm  # type: ignore[union-attr]
+    assert ending_of(model, 8).norm is model.model.norm  # type: ignore[union-attr]
     model.model.norm.requires_grad_(True)
-    assert ending_of(model).norm is None  # type: ignore[union-attr]
+    assert ending_of(model, 8).norm is None  # type: ignore[union-attr]
     model.model.norm.requires_grad_(False)
     hook = model.lm_head.register_forward_hook(lambda *_: None)
-    assert ending_of(model) is None
+    assert ending_of(model, 8) is None
     hook.remove()
-    assert ending_of(model) is not None
+    assert ending_of(model, 8) is not None
     model.lm_head = nn.Linear(32, 97).double().requires_grad_(False)
-    assert ending_of(model) is None
+    assert ending_of(model, 8) is None
+
+
+def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = live("llama")
+    monkeypatch.setattr(head, "FEWEST", {torch.float32: 64})
+    assert ending_of(model, 64) is not None
+    assert ending_of(model, 63) is None
+    monkeypatch.setattr(head, "WIDEST", 16)
+    assert ending_of(model, 64) is None
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +263,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(head, "losses", wrong)
     head.holds.cache_clear()
     try:
-        assert ending_of(live("llama")) is None  # type: ignore[arg-type]
+        assert ending_of(live("llama"), 8) is None  # type: ignore[arg-type]
     finally:
         head.holds.cache_clear()
 
@@ -272,5 +287,5 @@ def test_trials_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     note("_is_rms_norm")
     model: Any = live("llama")
     for _ in range(3):
-        ending_of(model)
+        ending_of(model, 8)
     assert tried == ["_is_plain", "_is_rms_norm"]

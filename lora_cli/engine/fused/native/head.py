@@ -21,6 +21,10 @@ from lora_cli.engine.fused.native.compiled import library
 ROWS = 512
 """Positions that a thread takes through the weight at once: with fewer it is read more often, with more they don't stay
 in a second-level cache."""
+FEWEST = {torch.float32: 64, torch.bfloat16: 16}
+"""Positions from which on it pays: each thread makes the weight ready anew, whatever it is multiplied by."""
+WIDEST = 2048
+"""M up to which it pays: beyond, a few columns of the weight fill a second-level cache."""
 _PLACE, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Of the largest value, as in `proof`."""
@@ -28,10 +32,11 @@ _PANEL = 128
 """Columns that C takes at once (head.c): all panels but the last are alike."""
 
 
-def takes(weight_VM: Tensor) -> bool:
-    """Whether the kernel fits this weight."""
-    fits = weight_VM.device.type == "cpu" and weight_VM.dtype in kernels.DTYPES and weight_VM.is_contiguous()
-    return fits and weight_VM.shape[1] % 32 == 0 and kernels.has_tiles()
+def takes(weight_VM: Tensor, positions: int) -> bool:
+    """Whether the kernel fits this weight, and pays for so many positions."""
+    width, dtype = weight_VM.shape[1], weight_VM.dtype
+    fits = weight_VM.device.type == "cpu" and dtype in FEWEST and weight_VM.is_contiguous() and width % 32 == 0
+    return fits and width <= WIDEST and positions >= FEWEST[dtype] and kernels.has_tiles()
 
 
 def losses(hidden_SM: Tensor, weight_VM: Tensor, bias_V: Tensor | None, targets_S: Tensor) -> tuple[Tensor, Tensor]:
