@@ -16,6 +16,7 @@ from lora_cli.engine import computation, ending, loss
 from lora_cli.engine.batch import FlatBatch, flat_batch
 from lora_cli.engine.ending import ending_of
 from lora_cli.engine.fused.native import head, kernels
+from lora_cli.engine.head import trained_in_head
 from lora_cli.engine.world import World
 from tests.unit.engine.learning import LENGTHS, PACKED, engine_steps, examples
 from tests.unit.engine.padded import padded_gradients, padded_steps
@@ -74,14 +75,14 @@ def test_more_rows_than_go_through_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_logits_that_rise_from_panel_to_panel() -> None:
-    """What is counted from grows several times, by more than float32 holds; the largest comes last."""
-    width, vocabulary = 32, 700
+    """What is counted from grows with each panel, the last one too, by more than float32 holds."""
+    width, vocabulary = 32, 5 * 128
     weight = torch.zeros(vocabulary, width)
     weight[:, 0] = torch.linspace(0, 300, vocabulary)
     weight[:, 1:] = torch.randn(vocabulary, width - 1, generator=torch.Generator().manual_seed(2)) * 0.1
     x = torch.randn(40, width, generator=torch.Generator().manual_seed(3))
     x[:, 0] = 1.0
-    targets = torch.arange(40) * 17
+    targets = torch.arange(40) * 16
     losses, grad = head.losses(x, weight, None, targets)
     expected_losses, expected_grad = exact(x, weight, None, targets)
     assert off(losses, expected_losses) < 3e-7
@@ -185,7 +186,7 @@ def test_a_model_that_does_more_to_its_logits_keeps_its_head(model_type: str) ->
 
 
 def test_a_cap_far_above_the_logits_is_found() -> None:
-    assert ending_of(live("gemma2", final_logit_softcapping=100.0), 8) is None  # type: ignore[arg-type]
+    assert ending_of(live("gemma2", final_logit_softcapping=1e4), 8) is None  # type: ignore[arg-type]
 
 
 def test_a_norm_that_adds_one_to_its_weight_stays_the_models_own(
@@ -224,6 +225,17 @@ def test_what_a_backbone_does_behind_its_norm_is_seen(world: World, taken: list[
 )
 def test_a_trained_head_is_no_frozen_one(adapter: AdapterConfig) -> None:
     assert ending_of(live("llama", adapter), 8) is None  # type: ignore[arg-type]
+
+
+def test_whatever_is_trained_behind_the_backbone_is_found() -> None:
+    model: Any = live("llama")
+    model.between = nn.Sequential(nn.Linear(32, 32))
+    assert {id(p) for p in trained_in_head(model, model.model)} == {id(p) for p in model.between.parameters()}
+    model.get_output_embeddings = lambda: model.model.embed_tokens  # some have no head of their own
+    del model.lm_head, model.between
+    assert trained_in_head(model, model.model) == []
+    model.model.embed_tokens.requires_grad_(True)
+    assert trained_in_head(model, model.model) == [model.model.embed_tokens.weight]
 
 
 def test_changes_are_seen() -> None:

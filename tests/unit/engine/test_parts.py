@@ -53,6 +53,9 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "no adapter": lambda layer: setattr(layer.mlp, "up_proj", layer.mlp.up_proj.base_layer),
     "a trained norm": lambda layer: layer.input_layernorm.requires_grad_(True),
     "another norm": lambda layer: setattr(layer, "input_layernorm", copy.deepcopy(layer.input_layernorm)),
+    "another weight of a norm": lambda layer: setattr(
+        layer.input_layernorm, "weight", nn.Parameter(torch.ones(32), requires_grad=False)
+    ),
     "another epsilon": lambda layer: setattr(layer.post_attention_layernorm, "variance_epsilon", 1e-2),
     "another activation": lambda layer: setattr(layer.mlp, "act_fn", nn.ReLU()),
     "another scale of scores": lambda layer: setattr(layer.self_attn, "scaling", 0.5),
