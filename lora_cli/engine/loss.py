@@ -10,30 +10,25 @@ Dimension names: T tokens, S supervised positions, C positions of a chunk, M mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_cli.engine.ending import ending_losses, ending_of
 from lora_cli.engine.fused import card
 from lora_cli.engine.fused.native import kernels
+from lora_cli.engine.head import Head, backbone_of, head_of, trained_in_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lora_cli.engine.batch import FlatBatch
 
-Head = Callable[[Tensor], Tensor]
-"""[C, M] hidden states to [C, V] logits."""
-
 # Logit values that exist at once. On a CPU a chunk should stay near the caches; on CUDA it should fill the card.
 _CHUNK_VALUES = {"cpu": 2**22, "cuda": 2**26}
-
-
-class NoHead(Exception):
-    """The model's head can't be run apart from its backbone."""
 
 
 def full_loss(model: PreTrainedModel, batch: FlatBatch, **attention: Any) -> Tensor:
@@ -59,8 +54,12 @@ def chunked_loss(model: PreTrainedModel, batch: FlatBatch, native: bool = False,
     """The sum of the supervised tokens' losses, a float32 scalar. At most one chunk of logits exists at a time.
 
     Args:
-        native: take cross-entropies by a compiled kernel where it fits; there is one.
+        native: by compiled kernels, which are there: the model's whole ending where it is plain, or else
+            cross-entropies.
     """
+    ending = ending_of(model, batch.num_supervised_tokens) if native and torch.is_grad_enabled() else None
+    if ending is not None:
+        return ending_losses(ending, _runner(model, batch, attention), batch.predictors, batch.targets, None)
     hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
     rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
     if not torch.is_grad_enabled():
@@ -99,7 +98,12 @@ def group_losses(
 
     Args:
         groups_S: [S], int64, below `count`.
+        native: as in `chunked_loss`.
     """
+    ending = ending_of(model, batch.num_supervised_tokens) if native else None
+    if ending is not None:
+        run = _runner(model, batch, attention)
+        return ending_losses(ending, run, batch.predictors, batch.targets, (groups_S, count))
     hidden_SM, head, parameters = _supervised_hidden(model, batch, attention)
     assert not parameters, "the gradient of a head isn't kept apart by groups"
     rows = _chunk_rows(hidden_SM.device, model.config.get_text_config().vocab_size)
@@ -120,65 +124,25 @@ def full_group_losses(
     return losses_S.new_zeros(count).index_add(0, groups_S, losses_S)
 
 
-def backbone_of(model: PreTrainedModel) -> nn.Module:
-    """The part of a causal language model that its own forward calls for hidden states.
-
-    Raises:
-        NoHead: the model doesn't name one.
-    """
-    backbone = model.get_decoder()  # not the `base_model`: OPT's forward calls the decoder inside it
-    if backbone is model:  # Llama 4 keeps it under another name than the one that it announces
-        backbone = model._modules.get("model")
-    if not isinstance(backbone, nn.Module):
-        raise NoHead(f"{type(model).__name__} names no backbone")
-    return backbone
-
-
-def _supervised_hidden(
-    model: PreTrainedModel, batch: FlatBatch, attention: dict[str, Any]
-) -> tuple[Tensor, Head, list[nn.Parameter]]:
-    """Hidden states at the predictors, the head, and what is trained in the head."""
-    backbone = backbone_of(model)
-    output = backbone(
+def _runner(model: PreTrainedModel, batch: FlatBatch, attention: dict[str, Any]) -> Callable[[], Any]:
+    """A call of the backbone on a batch."""
+    return partial(
+        backbone_of(model),
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=None,
         use_cache=False,
         **attention,
     )
+
+
+def _supervised_hidden(
+    model: PreTrainedModel, batch: FlatBatch, attention: dict[str, Any]
+) -> tuple[Tensor, Head, list[nn.Parameter]]:
+    """Hidden states at the predictors, the head, and what is trained in the head."""
+    backbone, output = backbone_of(model), _runner(model, batch, attention)()
     hidden_SM = output.last_hidden_state.squeeze(0).index_select(0, batch.predictors)
-    inside = {id(p) for p in backbone.parameters()}
-    embeddings = model.get_output_embeddings()
-    tied = list(embeddings.parameters()) if embeddings is not None else []
-    parameters = {id(p): p for p in (*(p for p in model.parameters() if id(p) not in inside), *tied)}
-    return hidden_SM, _head_of(model, backbone, type(output)), [p for p in parameters.values() if p.requires_grad]
-
-
-def _head_of(model: PreTrainedModel, backbone: nn.Module, output_type: type) -> Head:
-    """Whatever the model does after its backbone: Cohere scales its logits, Gemma 2 caps them, Granite divides them.
-
-    The model's own forward is run with the backbone standing still, so nothing of it needs to be known here.
-    """
-
-    def head(hidden_CM: Tensor) -> Tensor:
-        with _standing_still(backbone, output_type(last_hidden_state=hidden_CM[None])):
-            logits: Tensor = model(inputs_embeds=hidden_CM[None], use_cache=False).logits
-        return logits.squeeze(0)  # indexing would copy them on the way back
-
-    return head
-
-
-@contextmanager
-def _standing_still(backbone: nn.Module, output: Any) -> Iterator[None]:
-    """Within it, the backbone returns `output` whatever it is given."""
-    own = backbone.__dict__.get("forward")  # set where something else has replaced it for this instance
-    backbone.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del backbone.forward
-        if own is not None:
-            backbone.forward = own
+    return hidden_SM, head_of(model, backbone, type(output)), trained_in_head(model, backbone)
 
 
 def _chunk_rows(device: torch.device, vocabulary: int) -> int:

@@ -25,7 +25,7 @@ def make_optimizer(train: TrainConfig, parameters: Mapping[str, nn.Parameter], d
     """The optimizer that `train.optim` names, over float32 parameters.
 
     Matrices decay, vectors (biases, norms) don't. What PyTorch would choose by device is explicit: for each
-    tensor alone on a CPU; on CUDA AdamW in one kernel, which takes no memory, and others by `foreach`.
+    tensor alone on a CPU and by `foreach` on CUDA, but for AdamW: that is one kernel on either, which takes no memory.
 
     Raises:
         UserError: a paged optimizer without CUDA, whose memory it pages.
@@ -40,9 +40,7 @@ def make_optimizer(train: TrainConfig, parameters: Mapping[str, nn.Parameter], d
     on_card = device.type == "cuda"
     adam: dict[str, Any] = {"lr": rate, "betas": betas, "eps": train.adam_epsilon}
     match train.optim:
-        case "adamw_torch":
-            return torch.optim.AdamW(groups, **adam, fused=on_card, foreach=False)
-        case "adamw_torch_fused":
+        case "adamw_torch" | "adamw_torch_fused":
             return torch.optim.AdamW(groups, **adam, fused=True)
         case "sgd":
             return torch.optim.SGD(groups, lr=rate, foreach=on_card)

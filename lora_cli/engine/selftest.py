@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from lora_cli.config import AdapterConfig, Config, QuantizationConfig
-from lora_cli.engine import attention, loss
+from lora_cli.engine import attention
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
 from lora_cli.engine.fused.fitting import Fusion, fits_target, fuse
 from lora_cli.engine.fused.native import kernels
 from lora_cli.engine.fused.native.proof import Sizes, holds
+from lora_cli.engine.head import NoHead
 from lora_cli.engine.miniature import NoMiniature, miniature
 from lora_cli.engine.target import Target
 from lora_cli.errors import ModelError
@@ -300,7 +301,7 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _line(error: Exception) -> str:
-    known = isinstance(error, attention.UnsupportedAttention | loss.NoHead)
+    known = isinstance(error, attention.UnsupportedAttention | NoHead)
     text = str(error).splitlines()[0] if str(error) else ""
     return text if known else f"{type(error).__name__}: {text}"[:160]
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_cli.engine.fused.fitting import is_fused_layer, layer_of, plain_call
+from lora_cli.engine.fused.fitting import is_fused_layer, plain_call
 from lora_cli.engine.fused.layer import DecoderLayer
+from lora_cli.engine.fused.parts import layer_of
 from lora_cli.errors import ModelError
 from lora_cli.sweep.layer import run_layer
 from lora_cli.sweep.lowrank import Run, add_low_rank

@@ -1,4 +1,4 @@
-"""Which modules of a model the fused arithmetic fits, by what they are made of, and putting it in their place.
+"""Putting the fused arithmetic in the place of modules that it fits, by what they are made of (`parts`).
 
 A module that looks right may still compute something else (Gemma's norms add one to their weight, Granite scales its
 residuals), so what fits is tried on a small copy before it is used: `engine.selftest`. A module's own code stays where
@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_cli.engine.fused import card
 from lora_cli.engine.fused.documents import Documents
-from lora_cli.engine.fused.gated import GatedBlock
-from lora_cli.engine.fused.layer import DecoderLayer, FusedLayer, Norm
-from lora_cli.engine.fused.linear import Adapted, LoraLinear
+from lora_cli.engine.fused.layer import DecoderLayer, FusedLayer
+from lora_cli.engine.fused.linear import LoraLinear
 from lora_cli.engine.fused.native import kernels, tiled
 from lora_cli.engine.fused.native.layer import NativeLayer, takes
 from lora_cli.engine.fused.native.tiled import TiledLayer
-from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
+from lora_cli.engine.fused.parts import adapted, layer_of, plain_lora
 
 if TYPE_CHECKING:
-    from bitsandbytes.functional import QuantState
-    from peft.tuners.lora.layer import Linear as PeftLinear
-
     from lora_cli.config import QuantizationConfig
     from lora_cli.engine.target import Target
 
@@ -35,12 +31,7 @@ Fusion = Literal["native", "layers", "linears"]
 """`layers`: whole decoder layers, and adapted linear layers outside of them. `native`: the same on compiled kernels.
 `linears`: adapted linear layers alone."""
 
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": card.DTYPES}
-_PEFT_4BIT = ("Linear4bit", "peft.tuners.lora.bnb")
-_LINEAR_4BIT = ("Linear4bit", "bitsandbytes.nn.modules")
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def fuse(model: nn.Module, fusion: Fusion | None) -> int:
@@ -86,108 +77,6 @@ def fits_target(target: Target, dtype: torch.dtype, quantization: QuantizationCo
         return quantization is None
     here = torch.cuda.is_available()  # where it isn't, this is about another machine
     return target.capability >= (8, 0) and (card.available() or not here)
-
-
-def plain_lora(module: nn.Module) -> PeftLinear | None:
-    """The module as PEFT's plain LoRA around a frozen linear layer, with one adapter in use; None for anything else.
-
-    DoRA and other variants, dropout, a trained bias, 8-bit bases, Conv1D: PEFT's own code runs them.
-    """
-    if not _is_lora(module) or not _is_linear(module.base_layer) or module.fan_in_fan_out:
-        return None
-    if len(module.lora_A) != 1 or len(module.active_adapters) != 1 or module.active_adapters[0] not in module.lora_A:
-        return None
-    name = module.active_adapters[0]
-    if module.lora_variant.get(name) is not None or not isinstance(module.lora_dropout[name], nn.Identity):
-        return None
-    if type(module.lora_A[name]) is not nn.Linear or module.lora_B[name].bias is not None:
-        return None
-    if any(p.requires_grad for p in module.base_layer.parameters()):
-        return None
-    return module
-
-
-def _adapted(module: nn.Module) -> Adapted | None:
-    """The layer's parts at this moment, adapted or frozen and plain; None when it is something else."""
-    lora = plain_lora(module)
-    if lora is not None:
-        if lora.disable_adapters or lora.merged:
-            return None
-        name = lora.active_adapters[0]
-        base = cast(nn.Linear, lora.base_layer)
-        a, b = cast(nn.Linear, lora.lora_A[name]), cast(nn.Linear, lora.lora_B[name])
-        return Adapted(base.weight, base.bias, a.weight, b.weight, float(lora.scaling[name]), _state(base))
-    if _is_linear(module) and not any(p.requires_grad for p in module.parameters()):
-        return Adapted(module.weight, module.bias, None, None, state=_state(module))
-    return None
-
-
-def _is_lora(module: nn.Module) -> TypeGuard[PeftLinear]:
-    from peft.tuners.lora.layer import Linear as PeftLinear
-
-    return type(module) is PeftLinear or (type(module).__name__, type(module).__module__) == _PEFT_4BIT
-
-
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """PyTorch's, or bitsandbytes' for 4 bits with its weight quantized; by name, so that it needn't be there."""
-    if type(module) is nn.Linear:
-        return True
-    return (type(module).__name__, type(module).__module__) == _LINEAR_4BIT and _state(module) is not None
-
-
-def _state(linear: nn.Module) -> QuantState | None:
-    """bitsandbytes' account of the layer's weight, if it is packed."""
-    found: QuantState | None = vars(cast(nn.Linear, linear).weight).get("quant_state")
-    return found
-
-
-def layer_of(module: nn.Module) -> DecoderLayer | None:
-    """The module's parts at this moment when it is made as Llama's decoder layers are; None for anything else."""
-    children = dict(module.named_children())
-    if children.keys() != _LAYER:
-        return None
-    attention, mlp = dict(children["self_attn"].named_children()), dict(children["mlp"].named_children())
-    if attention.keys() != _ATTENTION or mlp.keys() != _MLP:
-        return None
-    linears = {name: _adapted(part) for name, part in (*attention.items(), *mlp.items()) if name != "act_fn"}
-    norms = [_norm(children["input_layernorm"]), _norm(children["post_attention_layernorm"])]
-    activation = _activation(mlp["act_fn"])
-    settings = vars(children["self_attn"])
-    size, scale = settings.get("head_dim"), settings.get("scaling")
-    if activation is None or None in norms or None in linears.values():
-        return None
-    if not isinstance(size, int) or not isinstance(scale, float) or settings.get("attention_dropout"):
-        return None
-    found = cast(dict[str, Adapted], linears)
-    first, second = cast(list[Norm], norms)
-    return DecoderLayer(
-        attention_norm=first,
-        query=found["q_proj"],
-        key=found["k_proj"],
-        value=found["v_proj"],
-        output=found["o_proj"],
-        block_norm=second,
-        block=GatedBlock(found["gate_proj"], found["up_proj"], found["down_proj"], activation),
-        head_size=size,
-        scale=scale,
-    )
-
-
-def _norm(module: nn.Module) -> Norm | None:
-    """An RMS norm with one frozen weight, whatever its class is called."""
-    parameters = dict(module.named_parameters())
-    eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
-    if parameters.keys() != {"weight"} or not isinstance(eps, float) or parameters["weight"].requires_grad:
-        return None
-    return Norm(parameters["weight"], eps)
-
-
-def _activation(module: nn.Module) -> Activation | None:
-    from transformers.activations import GELUTanh, SiLUActivation
-
-    if isinstance(module, nn.SiLU | SiLUActivation):
-        return SILU
-    return GELU_TANH if isinstance(module, GELUTanh) else None
 
 
 def _layer_forward(
@@ -272,7 +161,7 @@ def _window(module: nn.Module) -> float:
 
 def _linear_forward(module: nn.Module, own: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     plain = torch.is_grad_enabled() and module.training and not args and not kwargs
-    layer = _adapted(module) if plain else None
+    layer = adapted(module) if plain else None
     if layer is None or layer.a is None or x.dtype != layer.dtype or x.dtype not in _DTYPES[x.device.type]:
         return own(x, *args, **kwargs)
     with torch.autocast(x.device.type, enabled=False):

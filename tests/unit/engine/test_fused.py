@@ -17,7 +17,7 @@ from lora_cli.config import AdapterConfig, QuantizationConfig
 from lora_cli.engine import selftest
 from lora_cli.engine.assembly import leave_casting_to_autocast
 from lora_cli.engine.computation import Computation
-from lora_cli.engine.fused import documents, fitting, gated, layer
+from lora_cli.engine.fused import documents, gated, layer, parts
 from lora_cli.engine.fused.fitting import Fusion, fuse
 from lora_cli.engine.selftest import prove, prove_run
 from lora_cli.engine.step import accumulate
@@ -182,10 +182,10 @@ def test_quantized_layers_run_their_own_code() -> None:
 
     model = live("llama")
     for block in model.model.layers:  # type: ignore[union-attr]
-        assert fitting.layer_of(block) is not None
+        assert parts.layer_of(block) is not None
         lora = block.mlp.up_proj
         lora.base_layer = bnb.nn.Linear4bit(32, 48, bias=False, quant_type="nf4")
-        assert fitting.layer_of(block) is None
+        assert parts.layer_of(block) is None
     assert fuse(model, "layers") == 0
     assert fuse(model, "linears") == 2 * 6
 
@@ -218,9 +218,9 @@ def test_a_merged_adapter_runs_its_own_code(world: World) -> None:
     before = gradients(model, LAYERS, LENGTHS, world, 4096)
     assert before
     for module in model.modules():
-        if fitting.plain_lora(module) is not None:
+        if parts.plain_lora(module) is not None:
             module.merge()  # type: ignore[operator]
-            assert fitting._adapted(module) is None
+            assert parts.adapted(module) is None
 
 
 def test_a_copied_model_calls_its_own_parts(world: World) -> None:

@@ -21,8 +21,11 @@ from pathlib import Path
 from lora_cli.data.cache import cache_folder
 
 HERE = Path(__file__).parent
-SOURCES = ("pointwise.c", "attention.c", "tiles.c", "layer.c")
-HEADERS = ("vectors.h", "rows.h", "pieces.h", "blocks.h", "tiles.h", "panels.h", "group.h", "pass.h")
+SOURCES = ("pointwise.c", "attention.c", "tiles.c", "layer.c", "head.c")
+HEADERS = (
+    *("vectors.h", "rows.h", "pieces.h", "blocks.h", "tiles.h"),
+    *("panels.h", "group.h", "pass.h", "packed.h"),
+)
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-fvisibility=hidden")
 WIDE = "-mprefer-vector-width=512"
 """Only for x86-64."""
