@@ -32,7 +32,8 @@ def render_sweep_plan(planned: SweepPlanned, width: int | None = None) -> str:
     values = [f"{key:<{longest}}  {', '.join(_value(v) for v in found)}" for key, found in planned.grid.items()]
     rows.append(("grid", "\n".join(values)))
     rows.append(("members", f"{len(planned.members)} on one frozen base; {_between(planned.trainable)} trainable each"))
-    rows.append(("steps", f"{_between(planned.steps)} each, all members at the same time"))
+    how = "members in turn, each as in a run of its own" if planned.in_turn else "members side by side in the same rows"
+    rows.append(("steps", f"{_between(planned.steps)} each, {how}"))
     if planned.halving is not None:
         rows.append(("halving", planned.halving))
     rows.append(("engine", engine_words(planned.plan.engine)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +31,10 @@ from lora_cli.report.events import (
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.sweep import SweepFolder
 from lora_cli.sweep.leaderboard import leaderboard
-from lora_cli.sweep.members import Candidate, assemble, prepare_members
-from lora_cli.sweep.rounds import Member, Rounds
+from lora_cli.sweep.members import Candidate, assemble, go_in_turn, prepare_members
+from lora_cli.sweep.passes import InTurn, Member, Passes, SideBySide
+from lora_cli.sweep.rounds import Rounds
+from lora_cli.sweep.row import Row
 from lora_cli.sweep.stack import Stack
 from lora_cli.sweep.state import State, read_state
 from lora_cli.train.checkpoint import newest_checkpoint
@@ -41,7 +43,7 @@ from lora_cli.train.loop import Loop
 from lora_cli.train.results import base_samples, read_summary
 from lora_cli.train.resuming import config_as_before, refuse_other_base, start_position
 from lora_cli.train.run import base_fingerprint, conclude, write_origin
-from lora_cli.train.signals import without_save_requests
+from lora_cli.train.signals import StopSignals, without_save_requests
 from lora_cli.train.trackers import Trackers
 
 MICRO_BATCHES_AT_ONCE = 4
@@ -51,7 +53,8 @@ MICRO_BATCHES_AT_ONCE = 4
 def sweep(grid: Grid, *, resume: bool = False, emit: Emit = ignore) -> SweepSummary:
     """Train every member of `grid` at the same time and leave a run folder for each in the config's `output_dir`.
 
-    Losses and adapters are those of a `lora train` of each, up to the order of summation; dropout draws other masks.
+    Losses and adapters are those of a `lora train` of each: to the bit where members go in turn; side by side up to the
+    order of summation, and dropout draws other masks.
 
     Args:
         resume: go on with the sweep in `output_dir`: each member from its newest complete checkpoint.
@@ -123,10 +126,16 @@ def _run(
                 base_texts[rows] = base_samples(model, prepared, member.loop)
             summaries[member.name] = conclude(model, prepared, member.loop, voice, base_texts[rows])
 
+    signals = StopSignals()
+
+    def heed() -> None:
+        if signals.received is not None:
+            raise Abandoned
+
     members = []
     base = base_fingerprint(candidates[0].prepared.config)
     for number, (candidate, learner) in enumerate(zip(candidates, learners, strict=True)):
-        loop = _loop(candidate, folder, learner, world, resume, emit)
+        loop = _loop(candidate, folder, learner, world, resume, heed, emit)
         finished = read_summary(loop.folder) if resume else None
         member = Member(number, candidate.name, loop)
         if finished is not None and (finished.stopped or finished.steps >= loop.plan.steps.total):
@@ -138,16 +147,18 @@ def _run(
             write_origin(loop.folder, candidate.prepared, base)
             loop.stopped = state.dropped(candidate.name) or loop.lost_patience()
         members.append(member)
+    passes: Passes = InTurn(stack)
+    if not go_in_turn(candidates):
+        own = min(member.loop.position.micro_batch_tokens for member in members)
+        passes = SideBySide(Row(stack), _tokens_at_once(grid, own, world), world, emit, heed)
     assert grid.config.sweep is not None
     rounds = Rounds(
-        stack=stack,
+        passes=passes,
         members=members,
         state=state,
         folder=folder,
         halving=grid.config.sweep.halving,
-        micro_batch_tokens=_tokens_at_once(
-            grid, min(member.loop.position.micro_batch_tokens for member in members), world
-        ),
+        signals=signals,
         world=world,
         emit=emit,
         conclude=write_result,
@@ -155,7 +166,7 @@ def _run(
     try:
         rounds.run()
     except Abandoned:
-        number = signal.SIGINT if rounds.signals.received == signal.SIGINT else signal.SIGTERM
+        number = signal.SIGINT if signals.received == signal.SIGINT else signal.SIGTERM
         raise Interrupted(
             number,
             f"stopped by {number.name}; every member has a checkpoint",
@@ -173,7 +184,15 @@ def _tokens_at_once(grid: Grid, own: int, world: World) -> int:
     return own * MICRO_BATCHES_AT_ONCE if asked == "auto" and world.device.type == "cpu" else own
 
 
-def _loop(candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit) -> Loop:
+def _loop(
+    candidate: Candidate,
+    folder: SweepFolder,
+    learner: Learner,
+    world: World,
+    resume: bool,
+    heed: Callable[[], None],
+    emit: Emit,
+) -> Loop:
     prepared, own = candidate.prepared, folder.member(candidate.name)
     voice = _voice(candidate.name, emit)
     position = start_position(own, learner, prepared, world, resume and newest_checkpoint(own) is not None, voice)
@@ -188,6 +207,7 @@ def _loop(candidate: Candidate, folder: SweepFolder, learner: Learner, world: Wo
         position,
         voice,
         Trackers(),
+        heed=heed,
     )
 
 
@@ -205,14 +225,16 @@ def _configs_as_before(folder: SweepFolder, grid: Grid) -> tuple[MemberConfig, .
 def _planned(grid: Grid, candidates: Sequence[Candidate], folder: SweepFolder, world: World) -> SweepPlanned:
     assert grid.config.sweep is not None
     halving, plans = grid.config.sweep.halving, [candidate.prepared.plan for candidate in candidates]
-    engine = plans[0].engine
-    engine = replace(engine, micro_batch_tokens=_tokens_at_once(grid, engine.micro_batch_tokens, world))
+    engine, in_turn = plans[0].engine, go_in_turn(candidates)
+    if not in_turn:
+        engine = replace(engine, micro_batch_tokens=_tokens_at_once(grid, engine.micro_batch_tokens, world))
     return SweepPlanned(
         plan=replace(plans[0], engine=engine),
         members=tuple(candidate.name for candidate in candidates),
         grid={key: tuple(values) for key, values in grid.config.sweep.grid.items()},
         trainable=tuple(plan.parameters.trainable for plan in plans),
         steps=tuple(plan.steps.total for plan in plans),
+        in_turn=in_turn,
         output_dir=str(folder.path),
         halving=None
         if halving is None

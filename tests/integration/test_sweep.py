@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lora_cli.config import load_grid
 from lora_cli.errors import Interrupted, RunFolderError
 from lora_cli.report.events import Dropped, SweepStepped, Warned
-from lora_cli.sweep import rounds, sweep
+from lora_cli.sweep import passes, sweep
 
 GRID = (
     "adapter.r=[2, 6]",
@@ -167,15 +167,15 @@ def test_a_member_that_bursts_leaves_alone(swept):
 
 def test_memory_that_runs_out_halves_the_rows_of_all(swept, monkeypatch):
     plain = swept("train.seed=[1, 2]", folder="plain")
-    step, tokens = rounds.shared_step, []
+    step, tokens = passes.shared_step, []
 
     def scarce(*arguments, micro_batch_tokens, **others):
         tokens.append(micro_batch_tokens)
         if micro_batch_tokens > 2000:
-            raise rounds.OutOfMemory
+            raise passes.OutOfMemory
         return step(*arguments, micro_batch_tokens=micro_batch_tokens, **others)
 
-    monkeypatch.setattr(rounds, "shared_step", scarce)
+    monkeypatch.setattr(passes, "shared_step", scarce)
     less = swept("train.seed=[1, 2]", folder="less")
     assert tokens[0] > 2000 and tokens[-1] <= 2000 and len(tokens) > 8
     assert [m.train_loss for m in less.members] == pytest.approx([m.train_loss for m in plain.members], rel=1e-6)
