@@ -60,7 +60,7 @@ def prepare_members(grid: Grid, configs: Sequence[MemberConfig], world: World, e
             make_computation(first.config, first.proof, world.device),
             [adapter for adapter in adapters if adapter is not None],
         )
-    for text in _warnings(found):
+    for text in warnings_of(found):
         emit(Warned(text))
     return found
 
@@ -117,7 +117,7 @@ def _refuse_uneven_halving(grid: Grid, candidates: Sequence[Candidate]) -> None:
         )
 
 
-def _warnings(candidates: Sequence[Candidate]) -> list[str]:
+def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
     """What the plans warn of, each once; and what is another than in a run of its own."""
     found = dict.fromkeys(text for one in candidates for text in one.prepared.plan.warnings)
     if not go_in_turn(candidates) and any(one.prepared.plan.engine.dropout for one in candidates):

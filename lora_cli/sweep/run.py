@@ -31,7 +31,8 @@ from lora_cli.report.events import (
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.sweep import SweepFolder
 from lora_cli.sweep.leaderboard import leaderboard
-from lora_cli.sweep.members import Candidate, assemble, go_in_turn, prepare_members
+from lora_cli.sweep.members import Candidate, assemble, go_in_turn, prepare_members, warnings_of
+from lora_cli.sweep.page import write_page
 from lora_cli.sweep.passes import InTurn, Member, Passes, SideBySide
 from lora_cli.sweep.rounds import Rounds
 from lora_cli.sweep.row import Row
@@ -173,6 +174,7 @@ def _run(
             remedy=f"Go on with: {_resume_command(folder)}",
         ) from None
     summary = leaderboard(candidates, summaries, state, folder, world)
+    write_page(folder, summary, in_turn=go_in_turn(candidates), warnings=warnings_of(candidates))
     write_json(folder.leaderboard_file, summary.as_json())
     emit(SweepFinished(summary))
     return summary

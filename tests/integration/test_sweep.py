@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -149,6 +150,8 @@ def test_the_command(lora, config_file, tmp_path):
     board = json.loads(out)
     assert [m["steps"] for m in board["members"]] == [2, 2] and board["ranked_by"] == "train_loss"
     assert json.loads((out_dir / "leaderboard.json").read_text()) == board
+    links = re.findall(r'<a href="([^"]*)"', (out_dir / "report.html").read_text())
+    assert len(links) == 2 and all((out_dir / link).is_file() for link in links)
     code, out, err = lora("sweep", config_file, "--grid", "adapter.r=[2, 4]", *common)
     assert code == 2 and "Traceback" not in err
     code, out, err = lora("generate", out_dir / "01-r2", "--prompt", "noon", "--max-new-tokens", "2")
