@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from lora_cli.engine.step import OutOfMemory, StepResult
 from lora_cli.engine.world import World
@@ -40,6 +40,9 @@ class Member:
 class Passes(Protocol):
     """A way for members to go through the base. Either may raise `Abandoned`, which the loops' `heed` has raised."""
 
+    lockstep: ClassVar[bool]
+    """Whether the last digits of a member's step depend on who else takes one with it."""
+
     def step(self, due: Sequence[Member]) -> Iterator[tuple[Member, StepResult | TrainingError]]:
         """One step of each: what it did, or why the member can't go on. A member's step is noted before it is given."""
 
@@ -52,6 +55,7 @@ class InTurn:
     """One member after the other, each seated on the base as if it were alone."""
 
     stack: Stack
+    lockstep: ClassVar[bool] = False
 
     def step(self, due: Sequence[Member]) -> Iterator[tuple[Member, StepResult | TrainingError]]:
         for member in due:
@@ -79,6 +83,7 @@ class SideBySide:
     world: World
     emit: Emit
     heed: Callable[[], None]
+    lockstep: ClassVar[bool] = True
 
     def step(self, due: Sequence[Member]) -> Iterator[tuple[Member, StepResult | TrainingError]]:
         rows = {member.number: member.loop.rows(member.loop.position.step + 1) for member in due}

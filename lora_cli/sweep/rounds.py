@@ -56,8 +56,7 @@ class Rounds:
                 while self._at_work:
                     self._round()
             except Abandoned:
-                for member in self._at_work:
-                    member.loop.save()
+                _save(self._at_work)
                 raise
 
     @property
@@ -82,15 +81,17 @@ class Rounds:
         before = sum(member.loop.position.num_tokens for member in due)
         began = time.perf_counter()
         results: dict[str, StepResult] = {}
+        failed: list[tuple[Member, TrainingError]] = []
         logged = False
         for member, result in self.passes.step(due):
             if isinstance(result, TrainingError):
-                self._fail(member, result)
+                failed.append((member, result))
                 continue
             results[member.name] = result
             if member.loop.is_due(member.loop.config.train.logging_steps) or member.loop.is_over:
                 member.loop.write_line()
                 logged = True
+        self._fail(failed)
         tokens = sum(member.loop.position.num_tokens for member in due) - before
         if results:
             self._tell(due, results, tokens, time.perf_counter() - began, logged)
@@ -137,14 +138,16 @@ class Rounds:
         if not members:
             return
         like, scored = self._scored_once(members)
+        failed: list[tuple[Member, TrainingError]] = []
         for number, (member, loss) in enumerate(self.passes.score(scored), start=1):
             self.emit(Working("evaluating", number, len(scored), "members"))
             for same in (member, *like.get(member.number, ())):
                 if isinstance(loss, TrainingError):
-                    self._fail(same, loss)
+                    failed.append((same, loss))
                 else:
                     same.loop.note_evaluation(loss)
                     same.loop.stopped = same.loop.lost_patience()
+        self._fail(failed)
 
     def _scored_once(self, members: Sequence[Member]) -> tuple[dict[int, list[Member]], list[Member]]:
         """Those whose loss is another's, by the other's number; and all others."""
@@ -173,8 +176,7 @@ class Rounds:
         assert self.halving is not None
         there = self._at_work
         self._evaluate([member for member in there if not member.loop.position.is_evaluated])
-        for member in there:
-            member.loop.save()
+        _save(there)
         rung = decide(step, {m.name: m.loop.position.eval_losses[-1][1] for m in there}, self.halving)
         self.state.rungs.append(rung)
         self.state.write(self.folder)
@@ -184,23 +186,29 @@ class Rounds:
         self._retire()
 
     def _retire(self) -> None:
-        """Write the results of those that are over."""
-        for member in self._at_work:
-            if not member.loop.is_over:
-                continue
-            member.at_work = False
+        """Write the results of those that are over. In lockstep all are saved first: gone on with, they aren't found
+        behind a step that these took with them."""
+        over = [member for member in self._at_work if member.loop.is_over]
+        for member in over:
             member.loop.write_line()  # what there is since the last one
-            member.loop.save()
+        if over:
+            _save(self._at_work if self.passes.lockstep else over)
+        for member in over:
+            member.at_work = False
             if member.loop.stopped is not None:
                 self.emit(Dropped(member.name, member.loop.position.step, member.loop.stopped))
             self.conclude(member)
 
-    def _fail(self, member: Member, error: TrainingError) -> None:
-        """A member that can't go on leaves; the others don't notice."""
-        member.at_work = False
-        self.state.failed[member.name] = error.message
-        self.state.write(self.folder)
-        self.emit(Dropped(member.name, member.loop.position.step, error.message))
+    def _fail(self, failed: Sequence[tuple[Member, TrainingError]]) -> None:
+        """Members that can't go on leave; the others don't notice."""
+        for member, _ in failed:
+            member.at_work = False
+        if failed and self.passes.lockstep:
+            _save(self._at_work)
+        for member, error in failed:
+            self.state.failed[member.name] = error.message
+            self.state.write(self.folder)
+            self.emit(Dropped(member.name, member.loop.position.step, error.message))
 
     # Checkpoints
 
@@ -210,9 +218,12 @@ class Rounds:
         everyone = self.signals.save_asked() or overdue
         if everyone:
             self._saved_at = time.monotonic()
-        for member in self._at_work:
-            if everyone or member.loop.is_due(train.save_steps):
-                member.loop.save()
+        _save([member for member in self._at_work if everyone or member.loop.is_due(train.save_steps)])
+
+
+def _save(members: Sequence[Member]) -> None:
+    for member in members:
+        member.loop.save()
 
 
 def _order(loss: float) -> float:
