@@ -20,7 +20,7 @@ _GRID = ("adapter.r=[2, 4]", "train.learning_rate=[1e-2, 3e-3]")
 _BURSTS = "train.learning_rate=[1e-2, 1e30]"
 _CHAIN = 5
 """Kills in a row before a sweep may end."""
-_WORLDS = {
+_WORLDS: dict[str, tuple[str, dict[str, dict[str, Any]], tuple[str, ...]]] = {
     # Two of four leave at step 2 and one more at step 4.
     "in turn": ("llama", {"sweep": {"halving": {"every": 2}}}, _GRID),
     "side by side": ("model", {"sweep": {"halving": {"every": 2}}}, _GRID),
