@@ -108,7 +108,7 @@ def _run(
         if signals.received is not None:
             raise Abandoned
 
-    in_turn, begin = go_in_turn(candidates), 0.0
+    in_turn, begin = go_in_turn(candidates), None
     if resume:
         begin = math.inf if in_turn else last_common_step(candidates, folder, state)
     members, summaries = start_members(candidates, learners, folder, state, world, begin, heed, emit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ def start_members(
     folder: SweepFolder,
     state: State,
     world: World,
-    begin: float,
+    begin: float | None,
     heed: Callable[[], None],
     emit: Emit,
 ) -> tuple[list[Member], dict[str, Summary]]:
@@ -39,7 +40,7 @@ def start_members(
     for number, (candidate, learner) in enumerate(zip(candidates, learners, strict=True)):
         finished = _finished(folder.member(candidate.name), candidate)
         at_work = finished is None and candidate.name not in state.failed
-        loop = _loop(candidate, folder, learner, world, begin if at_work else 0.0, heed, emit)
+        loop = _loop(candidate, folder, learner, world, begin if at_work else None, heed, emit)
         if finished is not None:
             summaries[candidate.name] = finished
         if at_work:
@@ -54,15 +55,15 @@ def _loop(
     folder: SweepFolder,
     learner: Learner,
     world: World,
-    begin: float,
+    begin: float | None,
     heed: Callable[[], None],
     emit: Emit,
 ) -> Loop:
-    """A member's loop, at its newest checkpoint up to the step `begin`."""
+    """A member's loop: fresh, or at its newest checkpoint up to the step `begin`, what came after it removed."""
     prepared, own = candidate.prepared, folder.member(candidate.name)
     voice = member_voice(candidate.name, emit)
-    known = begin > 0 and newest_checkpoint(own) is not None
-    position = start_position(own, learner, prepared, world, known, voice, begin)
+    again = begin is not None
+    position = start_position(own, learner, prepared, world, again, voice, math.inf if begin is None else begin)
     return Loop(
         prepared.config,
         prepared.plan,

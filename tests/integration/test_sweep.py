@@ -16,6 +16,8 @@ from lora_cli.config import load_grid
 from lora_cli.errors import Interrupted, RunFolderError
 from lora_cli.report.events import Dropped, SweepStepped, Warned
 from lora_cli.sweep import passes, sweep
+from lora_cli.train import loop as loop_module
+from tests.integration.conftest import VOLATILE
 
 GRID = (
     "adapter.r=[2, 6]",
@@ -140,6 +142,40 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(swept):
     # The folder's own file is enough, though it has no rank of its own for lora_alpha to follow.
     finished = sweep(load_grid(Path(again.output_dir) / "sweep.yaml"), resume=True)
     assert [m.eval_loss for m in finished.members] == [m.eval_loss for m in whole.members]
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("save", [1, 2, 6, 11], ids=["before any", "after one", "between two", "before the last"])
+def test_ended_between_checkpoints_it_goes_on_to_the_same_bits(swept, monkeypatch, save):
+    """Side by side the last digits depend on who is there: nobody may go on from a step that others haven't reached."""
+    grid = ("adapter.r=[2, 6]", "train.seed=[1, 2]")
+    overrides = ["train.max_steps=3", "train.logging_steps=1", "train.save_steps=1"]
+    whole = swept(*grid, overrides=overrides, folder="whole")
+    write, saves = loop_module.save_checkpoint, []
+
+    def killed(*given):
+        saves.append(given)
+        if len(saves) == save:
+            raise Killed
+        return write(*given)
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", killed)
+    with pytest.raises(Killed):
+        swept(*grid, overrides=overrides)
+    events = []
+    again = swept(*grid, overrides=overrides, resume=True, emit=events.append)
+    assert all(event.active == 4 for event in events if isinstance(event, SweepStepped))
+    for one, two in zip(again.members, whole.members, strict=True):
+        assert [stable(line) for line in lines(one.output_dir)] == [stable(line) for line in lines(two.output_dir)]
+        for name, tensor in adapter(one.output_dir).items():
+            assert torch.equal(tensor, adapter(two.output_dir)[name])
+
+
+def stable(line):
+    return {key: value for key, value in line.items() if key not in VOLATILE}
 
 
 def test_the_command(lora, config_file, tmp_path):
