@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from proofs import canaries, forks, kills, shortages, stops, syscalls
+from proofs import canaries, forks, kills, shortages, stops, sweeps, syscalls
 from proofs.bench import Tally, Workplace
 
 
@@ -33,6 +33,7 @@ def main() -> int:
             "terms2": lambda: stops.stopped_at_random(place, arguments.terms, processes=2),
             "memory": lambda: shortages.out_of_memory_at_random(place, arguments.shortages),
             "disk": lambda: shortages.full_disks(place),
+            "sweeps": lambda: sweeps.killed_at_random(place, arguments.sweep_kills),
             "secrets": lambda: canaries.secrets_in_nothing(place),
         }
         if not syscalls.can_trace():
@@ -58,11 +59,14 @@ def _run(proof: Callable[[], Tally]) -> Tally:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", metavar="PROOF", help="kills, calls, terms, terms2, memory, disk, secrets")
+    parser.add_argument(
+        "--only", nargs="*", metavar="PROOF", help="kills, calls, terms, terms2, memory, disk, sweeps, ..."
+    )
     parser.add_argument("--kills", type=int, default=300, metavar="N", help="kills at random moments")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="try every nth system call")
     parser.add_argument("--terms", type=int, default=50, metavar="N", help="signals, for each number of processes")
     parser.add_argument("--shortages", type=int, default=50, metavar="N", help="runs that run out of memory")
+    parser.add_argument("--sweep-kills", type=int, default=100, metavar="N", help="kills of sweeps at random moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the tallies as JSON on stdout")
     return parser.parse_args()

@@ -139,7 +139,9 @@ def prepare(
         train, validation = load_examples(config.data, tokenizer, stops, seed=config.train.seed, progress=progress)
     if beside is None:
         emit(Working("proving packing and loss"))
-    proof = prove_run(config, architecture, device) if beside is None else beside.proof
+    proof = (
+        beside.proof if beside is not None and _same_way(beside, config) else prove_run(config, architecture, device)
+    )
     settled = _settle(_resolve(config, device, proof), architecture, proof, device, emit)
     resolved = settled.config
     steps = _steps(resolved, len(train))
@@ -179,6 +181,12 @@ def _same_rows(beside: Prepared, seed: int) -> bool:
     """Whether a run with this seed has the rows of `beside`: held-out rows and weighted sources are drawn by it."""
     drawn = isinstance(beside.config.data.validation, float) or beside.train.draw is not None
     return not drawn or seed == beside.config.train.seed
+
+
+def _same_way(beside: Prepared, config: Config) -> bool:
+    """Whether what was proven of `beside` holds for another plain LoRA: dropout keeps layers from running fused."""
+    one, other = beside.config.adapter, config.adapter
+    return one is None or other is None or bool(one.lora_dropout) == bool(other.lora_dropout)
 
 
 def check_against_plan(model: nn.Module, plan: Plan) -> None:

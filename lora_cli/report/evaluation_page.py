@@ -5,8 +5,6 @@ A pure function of the evaluation and its rows; without script, and all text is 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from lora_cli.report.comparison import FEWEST_ROWS, Comparison, Evaluation, Meas
 from lora_cli.report.curves import Point
 from lora_cli.report.evaluation import measure_cells, measure_name, versus
 from lora_cli.report.evaluation_charts import forest, spread
+from lora_cli.report.page import figure_tiles, page, warning_lines
 from lora_cli.report.svg import Chart, Curve, Level, draw
 
 Rows = Mapping[str, Sequence[Any]]
@@ -66,20 +65,7 @@ def render_evaluation_page(evaluation: Evaluation, rows: Rows, readings: Sequenc
             _changed("Most gained", rows, gained),
             _changed("Most lost", rows, lost),
         ],
-    )
-
-
-def page(title: str, sections: Sequence[str]) -> str:
-    """A page that loads nothing and runs nothing."""
-    style = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        f"content=\"default-src 'none'; style-src 'sha256-{style}'; base-uri 'none'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in sections if part)
-        + "\n</main>\n</body>\n</html>\n"
+        style=STYLE,
     )
 
 
@@ -105,16 +91,11 @@ def head(
     """Name, verdict, a few figures (name, number, what stands below it) and the warnings."""
     kind = outcome if outcome in ("better", "worse") else "open"
     said = escape(verdict.removeprefix(f"{outcome}:").strip())
-    shown = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(number)}<small>{escape(beside)}</small></dd></div>"
-        for name, number, beside in tiles
-    )
-    told = "".join(f'<p class="warning"><b>!</b> {escape(text)}</p>' for text in warnings)
     return (
         f'<header><h1>{escape(title)}</h1><p class="soft">{escape(line)}</p>'
         f'<p class="verdict {kind}"><b>{escape(outcome)}</b> {said}</p></header>'
-        + (f'<dl class="figures">{shown}</dl>' if shown else "")
-        + told
+        + figure_tiles(tiles)
+        + warning_lines(warnings)
     )
 
 

@@ -159,6 +159,8 @@ class SweepPlanned:
     """Trainable parameters of each member."""
     steps: tuple[int, ...]
     """Optimizer steps of each member."""
+    in_turn: bool
+    """Whether members take a step one after the other, each as in a run of its own; else in the same rows."""
     output_dir: str
     halving: str | None
     """When the worst members are dropped, in words."""

@@ -7,8 +7,6 @@ about folders.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import Any
 from lora_cli.report import numbers
 from lora_cli.report.assets import SCRIPT, STYLE
 from lora_cli.report.curves import thin
+from lora_cli.report.page import code, figure_tiles, page, warning_lines
 from lora_cli.report.plots import PlotInput, render_plots
 from lora_cli.report.sections import (
     MaskedExample,
@@ -76,24 +75,7 @@ def render_report(report: ReportInput) -> str:
         render_data(report.data, report.max_length, report.example),
         _repeat(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n"
-        + f'<script type="application/json" id="metrics">{_embedded(training, evaluation)}</script>\n'
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def _policy() -> str:
-    return f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; base-uri 'none'"
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return page(report.name, body, style=STYLE, script=SCRIPT, metrics=_embedded(training, evaluation))
 
 
 Lines = Sequence[Mapping[str, Any]]
@@ -108,17 +90,11 @@ def _head(report: ReportInput, training: Lines, evaluation: Lines) -> str:
     resumes = sum(mark.kind == "resume" for mark in report.marks)
     if resumes:
         about.insert(1, "resumed once" if resumes == 1 else f"resumed {resumes} times")
-    figures = _figures(report, training, evaluation)
-    tiles = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(number)}<small>{escape(beside)}</small></dd></div>"
-        for name, number, beside in figures
-    )
-    warnings = "".join(f'<p class="warning"><b>!</b> {escape(text)}</p>' for text in report.warnings)
     line = escape(" · ".join(filter(None, about)))
     return (
         f'<header><h1>{escape(report.name)}</h1><p class="soft">{line}</p></header>'
-        + (f'<dl class="figures">{tiles}</dl>' if tiles else "")
-        + warnings
+        + figure_tiles(_figures(report, training, evaluation))
+        + warning_lines(report.warnings)
     )
 
 
@@ -174,18 +150,13 @@ def _repeat(report: ReportInput) -> str:
     note = "<figcaption>Settings that differ from their defaults are bold.</figcaption>" if report.non_defaults else ""
     return (
         "<section><h2>Repeat</h2>"
-        + (_code("command", escape(report.command)) if report.command else "")
+        + (code("command", escape(report.command)) if report.command else "")
         + "<h3>config.yaml</h3>"
-        + _code("config", render_config(report.config_text, report.non_defaults))
+        + code("config", render_config(report.config_text, report.non_defaults))
         + note
         + render_environment(report.environment)
         + "</section>"
     )
-
-
-def _code(name: str, html: str) -> str:
-    button = f'<button data-copies="{name}" hidden>copy</button>'
-    return f'<div class="code"><pre id="{name}">{html}</pre>{button}</div>'
 
 
 _COLUMNS = (

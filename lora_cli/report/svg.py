@@ -19,6 +19,7 @@ _TOP = 12
 _X_LABELS = 24
 _POINTS_PER_CURVE = 1000
 _BAR_PITCH = 22
+_LABEL_PITCH = 11
 _BAR_NAMES = 110
 
 
@@ -26,7 +27,10 @@ _BAR_NAMES = 110
 class Curve:
     points: Sequence[Point]
     css: str
-    """`raw`, `smooth` or `line`."""
+    """`raw`, `smooth` or `line`; a page may have more."""
+    member: str = ""
+    """Whose it is, where curves are of several runs: written at its end, and in a data attribute for the script."""
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Chart:
     from_zero: bool = False
     numbered: bool = True
     """Whether the steps are written below; charts that share them say so once."""
+    beside: int = 0
+    """Room to the right of the last step, for what is written at the ends of curves."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,14 @@ def draw(chart: Chart) -> str:
     """The chart as an `<svg>` element; its data attributes tell the page's script where a step stands."""
     bottom = chart.height - (_X_LABELS if chart.numbered else _TOP)
     first, last = chart.steps
-    across = _Scale(first, max(last, first + 1), LEFT, RIGHT)
+    right = RIGHT - chart.beside
+    across = _Scale(first, max(last, first + 1), LEFT, right)
     low, high = _range(chart)
     down = _Scale(low, high, bottom, _TOP)
     parts = [
         (
             f'<svg viewBox="0 0 {WIDTH} {chart.height}" role="img" aria-label="{escape(chart.name)}" '
-            f'data-first="{first}" data-last="{max(last, first + 1)}" data-left="{LEFT}" data-right="{RIGHT}">'
+            f'data-first="{first}" data-last="{max(last, first + 1)}" data-left="{LEFT}" data-right="{right}">'
         )
     ]
     parts += [_row(chart.label(value), down(value)) for value in _levels(low, high, bottom // 32)]
@@ -107,6 +114,7 @@ def draw(chart: Chart) -> str:
         parts += [_column(f"{step:,.0f}", across(step), bottom) for step in whole]
     parts += [_mark(mark, across(mark.step), bottom) for mark in chart.marks]
     parts += [_curve(curve, across, down) for curve in chart.curves]
+    parts += _ends(chart.curves, across, down)
     if chart.level is not None:  # over the curves, which may run along it
         y = down(chart.level.value)
         parts.append(f'<path class="level" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
@@ -178,4 +186,20 @@ def _curve(curve: Curve, across: _Scale, down: _Scale) -> str:
         return ""
     path = "L".join(f"{across(x):.1f} {down(y):.1f}" for x, y in points)
     # A single point has no length: a round cap makes it a dot.
-    return f'<path class="{escape(curve.css)}" d="M{path}{"h0" if len(points) == 1 else ""}"/>'
+    member = f' data-member="{escape(curve.member)}"' if curve.member else ""
+    title = f"<title>{escape(curve.title)}</title>" if curve.title else ""
+    end = f">{title}</path>" if title else "/>"
+    return f'<path class="{escape(curve.css)}"{member} d="M{path}{"h0" if len(points) == 1 else ""}"{end}'
+
+
+def _ends(curves: Sequence[Curve], across: _Scale, down: _Scale) -> list[str]:
+    """Whose each curve is, beside its last point; where they would touch, below each other."""
+    ends = [(curve, finite(curve.points)[-1]) for curve in curves if curve.member and finite(curve.points)]
+    parts: list[str] = []
+    lowest: dict[float, float] = {}
+    for curve, (step, value) in sorted(ends, key=lambda end: -end[1][1]):
+        x, y = across(step), down(value)
+        y = lowest[x] = max(y, lowest.get(x, -_LABEL_PITCH) + _LABEL_PITCH)
+        member = escape(curve.member)
+        parts.append(f'<text class="end" data-member="{member}" x="{x + 5:.1f}" y="{y + 4:.1f}">{member}</text>')
+    return parts

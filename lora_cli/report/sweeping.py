@@ -29,10 +29,10 @@ def render_sweep_plan(planned: SweepPlanned, width: int | None = None) -> str:
     width = width or page_width()
     rows = base_and_data(planned.plan)
     longest = max(map(len, planned.grid))
-    values = [f"{key:<{longest}}  {', '.join(_value(v) for v in found)}" for key, found in planned.grid.items()]
+    values = [f"{key:<{longest}}  {', '.join(value_text(v) for v in found)}" for key, found in planned.grid.items()]
     rows.append(("grid", "\n".join(values)))
     rows.append(("members", f"{len(planned.members)} on one frozen base; {_between(planned.trainable)} trainable each"))
-    rows.append(("steps", f"{_between(planned.steps)} each, all members at the same time"))
+    rows.append(("steps", f"{_between(planned.steps)} each, members {how_they_go(planned.in_turn)}"))
     if planned.halving is not None:
         rows.append(("halving", planned.halving))
     rows.append(("engine", engine_words(planned.plan.engine)))
@@ -45,17 +45,16 @@ def render_sweep_plan(planned: SweepPlanned, width: int | None = None) -> str:
 def render_leaderboard(summary: SweepSummary, width: int | None = None) -> str:
     """What `sweep` shows at the end: best first."""
     width = width or page_width()
-    keys = list(dict.fromkeys(key for standing in summary.members for key in standing.changes))
-    keys = [key for key in keys if len({_value(s.changes[key]) for s in summary.members}) > 1]
+    keys = varied(summary)
     evaluated = summary.ranked_by == "eval_loss"
     header = ["", *(key.rpartition(".")[2] for key in keys), *(["valid"] if evaluated else []), "train", "steps"]
     header.append("trainable")
     rows = [
         [
             f"{place:>2}",
-            *(_value(standing.changes[key]) for key in keys),
-            *([_loss(standing.eval_loss)] if evaluated else []),
-            _loss(standing.train_loss),
+            *(value_text(standing.changes[key]) for key in keys),
+            *([loss_text(standing.eval_loss)] if evaluated else []),
+            loss_text(standing.train_loss),
             _steps(standing),
             numbers.counts(standing.trainable),
         ]
@@ -69,6 +68,17 @@ def render_leaderboard(summary: SweepSummary, width: int | None = None) -> str:
         lines += command(words, width, first=f"{INDENT}{label:<{LABEL_WIDTH}}")
         label = ""
     return "\n".join(lines)
+
+
+def how_they_go(in_turn: bool) -> str:
+    """How members go through the base."""
+    return "in turn, each as in a run of its own" if in_turn else "side by side in the same rows"
+
+
+def varied(summary: SweepSummary) -> list[str]:
+    """The settings in which members differ."""
+    keys = dict.fromkeys(key for standing in summary.members for key in standing.changes)
+    return [key for key in keys if len({value_text(standing.changes[key]) for standing in summary.members}) > 1]
 
 
 def _figures(summary: SweepSummary) -> list[tuple[str, str]]:
@@ -107,8 +117,8 @@ class SweepProgress:
         first = fitting([place, members, left, gone], width - len(INDENT) - 10, gap=2)
         room = width - len(INDENT) - sum(part.width + 2 for part in first)
         ordered = [part for part in (place, members, gone, left) if part in first]
-        best = Part("best ", _loss(step.best_loss), f" {step.best}")
-        worst = Part("worst ", _loss(step.worst_loss))
+        best = Part("best ", loss_text(step.best_loss), f" {step.best}")
+        worst = Part("worst ", loss_text(step.worst_loss))
         speed = Part("", f"{step.tokens_per_second:,.0f}", " tok/s")
         memory = Part("", numbers.gib(step.peak_memory_bytes))
         figures = fitting([best, worst, speed, memory], width - len(INDENT), gap=3)
@@ -118,8 +128,8 @@ class SweepProgress:
 def sweep_line(step: SweepStepped) -> str:
     """A round as one plain line."""
     return (
-        f"step={step.step}/{step.total} members={step.active}/{step.members} best={_loss(step.best_loss)} "
-        f"({step.best}) worst={_loss(step.worst_loss)} tok/s={step.tokens_per_second:.0f} "
+        f"step={step.step}/{step.total} members={step.active}/{step.members} best={loss_text(step.best_loss)} "
+        f"({step.best}) worst={loss_text(step.worst_loss)} tok/s={step.tokens_per_second:.0f} "
         f"left={numbers.clock(step.seconds_left)}"
     )
 
@@ -129,7 +139,8 @@ def _between(counts: Sequence[int]) -> str:
     return numbers.counts(low) if low == high else f"{numbers.counts(low)} to {numbers.counts(high)}"
 
 
-def _loss(loss: float | None) -> str:
+def loss_text(loss: float | None) -> str:
+    """A loss, or a dash where there is none."""
     return "-" if loss is None or not math.isfinite(loss) else numbers.loss(loss)
 
 
@@ -137,7 +148,8 @@ def _steps(standing: Standing) -> str:
     return "failed" if standing.failed else f"{standing.steps:,}{'' if standing.stopped is None else ' *'}"
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A setting's value as people write it."""
     if isinstance(value, float):
         return numbers.learning_rate(value) if value < 1e-2 else f"{value:g}"
     if isinstance(value, str):

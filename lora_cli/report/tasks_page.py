@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_cli.report.evaluation_page import figures_table, head, page
+from lora_cli.report.evaluation_page import STYLE, figures_table, head
+from lora_cli.report.page import page
 from lora_cli.report.tasks import TaskComparison, TaskEvaluation, figure_cells, settings
 
 
@@ -15,7 +16,7 @@ def render_tasks_page(evaluation: TaskEvaluation) -> str:
     outcome = "worse" if comparison.count("worse") else "better" if comparison.count("better") else "can't tell"
     line = f"{names} · {settings(evaluation)} · base in {comparison.precision}"
     top = head(evaluation.target, line, outcome, comparison.verdict, [], [])
-    return page(evaluation.target, [top, *map(_figures, (comparison, *evaluation.others))])
+    return page(evaluation.target, [top, *map(_figures, (comparison, *evaluation.others))], style=STYLE)
 
 
 def _figures(comparison: TaskComparison) -> str:

@@ -49,6 +49,11 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints_dir / f"step-{step:08}"
 
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        """The step of a checkpoint's folder."""
+        return int(checkpoint.name.partition("-")[2])
+
     @property
     def adapter_dir(self) -> Path:
         return self.path / "adapter"

@@ -32,6 +32,10 @@ class SweepFolder:
     def leaderboard_file(self) -> Path:
         return self.path / "leaderboard.json"
 
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
     def member(self, name: str) -> RunFolder:
         return RunFolder(self.path / name)
 

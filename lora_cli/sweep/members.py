@@ -51,34 +51,52 @@ def prepare_members(grid: Grid, configs: Sequence[MemberConfig], world: World, e
         )
         found.append(Candidate(member.name, member.changes, prepared))
     _refuse_uneven_halving(grid, found)
-    emit(Working("proving that members don't see each other"))
-    first = found[0].prepared
-    adapters = [one.prepared.config.adapter for one in found]
-    prove_sharing(
-        first.architecture,
-        make_computation(first.config, first.proof, world.device),
-        [adapter for adapter in adapters if adapter is not None],
-    )
-    for text in _warnings(found):
+    if not go_in_turn(found):
+        emit(Working("proving that members don't see each other"))
+        first = found[0].prepared
+        adapters = [one.prepared.config.adapter for one in found]
+        prove_sharing(
+            first.architecture,
+            make_computation(first.config, first.proof, world.device),
+            [adapter for adapter in adapters if adapter is not None],
+        )
+    for text in warnings_of(found):
         emit(Warned(text))
     return found
+
+
+def go_in_turn(candidates: Sequence[Candidate]) -> bool:
+    """Whether members take their steps one after the other: where whole layers run fused, rows of several gain nothing.
+
+    Products are what such steps are made of, and every member's are its own from the first adapted layer on. Side by
+    side saves what stands between them: Python, dispatch, a 4-bit base's dequantization.
+    """
+    return any(_runs_whole_layers(one.prepared) for one in candidates)
+
+
+def _runs_whole_layers(prepared: Prepared) -> bool:
+    return prepared.plan.engine.fusion in ("native", "layers")
 
 
 def assemble(candidates: Sequence[Candidate], world: World, emit: Emit) -> tuple[Stack, list[Learner]]:
     """The base with its weights, the adapters of all members around it, and what trains each."""
     first = candidates[0].prepared
     emit(Working("loading weights"))
-    computation = make_computation(first.config, first.proof, world.device)
-    base = load_model(first.config, first.architecture, computation, world.device)
+    computations = [make_computation(one.prepared.config, one.prepared.proof, world.device) for one in candidates]
+    base = load_model(first.config, first.architecture, computations[0], world.device)
     adapters: list[Adapter] = []
     learners: list[Learner] = []
-    for candidate in candidates:
+    for candidate, computation in zip(candidates, computations, strict=True):
         prepared = candidate.prepared
         model = cast("PeftModel", make_trainable(base, prepared.config, computation, prepared.tokenizer))
         if not prepared.config.model.resize_embeddings:
             check_against_plan(model, prepared.plan)
         learners.append(make_learner(model, prepared, computation, world))
         adapters.append(Adapter.taken_from(base, model))
+    for candidate, computation in zip(candidates, computations, strict=True):
+        if _runs_whole_layers(candidate.prepared):
+            computation.prepare(base)  # a fused layer looks at whoever is seated; the last adapter may not have let it
+            break
     return Stack(base, adapters), learners
 
 
@@ -99,10 +117,10 @@ def _refuse_uneven_halving(grid: Grid, candidates: Sequence[Candidate]) -> None:
         )
 
 
-def _warnings(candidates: Sequence[Candidate]) -> list[str]:
+def warnings_of(candidates: Sequence[Candidate]) -> list[str]:
     """What the plans warn of, each once; and what is another than in a run of its own."""
     found = dict.fromkeys(text for one in candidates for text in one.prepared.plan.warnings)
-    if any(one.prepared.plan.engine.dropout for one in candidates):
+    if not go_in_turn(candidates) and any(one.prepared.plan.engine.dropout for one in candidates):
         found["with dropout a member's masks are others than in a run of its own: its losses differ from those"] = None
     if len({one.prepared.train.fingerprint for one in candidates}) > 1:
         found["data.validation is a share drawn by train.seed: members of other seeds have other held-out rows"] = None

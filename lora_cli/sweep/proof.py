@@ -21,7 +21,8 @@ from lora_cli.engine.miniature import NoMiniature, miniature
 from lora_cli.engine.selftest import TOLERANCE
 from lora_cli.errors import ModelError
 from lora_cli.model.adapter import attach_adapter
-from lora_cli.sweep.stack import Adapter, NotOneRow, Stack
+from lora_cli.sweep.row import NotOneRow, Row
+from lora_cli.sweep.stack import Adapter, Stack
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -39,7 +40,7 @@ def prove_sharing(architecture: PretrainedConfig, computation: Computation, adap
     """
     distinct = list({adapter.model_dump_json(exclude={"lora_dropout"}): adapter for adapter in adapters}.values())
     tried = [*distinct[:_MEMBERS], *distinct[:1]]
-    plain = Computation(computation.packing, computation.loss, torch.float32, computation.attention, computation.fusion)
+    plain = Computation(computation.packing, computation.loss, torch.float32, computation.attention)
     try:
         apart = _largest_difference(miniature(architecture), plain, tried)
     except NoMiniature as error:
@@ -75,8 +76,8 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
                 parameter.normal_(std=0.1, generator=generator)
         parameters.append(trained)
         adapters.append(Adapter.taken_from(base, model))
-    stack = Stack(base, adapters, fewest_tokens=0)
-    base.train(computation.fusion in ("native", "layers"))  # the fused arithmetic steps aside in evaluation
+    stack = Stack(base, adapters)
+    row = Row(stack)
     draw = np.random.Generator(np.random.PCG64(0))
     documents = [draw.integers(3, 60, length) for length in _LENGTHS]
     if computation.packing == "single":
@@ -84,11 +85,10 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
     everything = [p for own in parameters for p in own]
 
     def batch(copies: int) -> tuple[Tensor, ...]:
-        row = flatten(
-            documents * copies, [np.ones(len(d), dtype=bool) for d in documents * copies], torch.device("cpu")
-        )
-        groups = row.documents // len(documents)
-        sums = computation.group_losses(base, row, groups, copies)
+        trained = [np.ones(len(d), dtype=bool) for d in documents * copies]
+        flat = flatten(documents * copies, trained, torch.device("cpu"))
+        groups = flat.documents // len(documents)
+        sums = computation.group_losses(base, flat, groups, copies)
         # Apart from each other, and every member's loss with a weight of its own.
         weights = torch.arange(1, copies + 1, dtype=torch.float32)
         return sums.detach(), *torch.autograd.grad(
@@ -101,10 +101,10 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
     for number in range(len(adapters)):
         with stack.seated(number):
             alone.append(batch(1))
-    with stack.shared():
+    with row.running():
         for first in range(0, len(adapters), 1 if computation.packing == "single" else len(adapters)):
             members = [first] if computation.packing == "single" else list(range(len(adapters)))
-            stack.seats = tuple((member, tokens) for member in members)
+            row.seats = tuple((member, tokens) for member in members)
             together.append(batch(len(members)))
     return _compare(alone, together, [len(own) for own in parameters])
 

@@ -1,60 +1,45 @@
-"""The rounds of a sweep: in each, every member that is due takes one step, all of them in the same passes.
+"""The rounds of a sweep: in each, every member that is due takes one step.
 
-A member's lines, evaluations, checkpoints and early stopping are those of its own loop, as in `lora train`; what is
-done together is the step and the scoring. Knows nothing of how members are made.
+A member's lines, evaluations, checkpoints and early stopping are those of its own loop, as in `lora train`. How steps
+are taken is the `passes`' affair. Knows nothing of how members are made.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_cli.config import HalvingConfig
-from lora_cli.engine.step import Abandoned, OutOfMemory, StepResult
+from lora_cli.engine.step import Abandoned, StepResult
 from lora_cli.engine.world import World
 from lora_cli.errors import TrainingError
-from lora_cli.report.events import Dropped, Emit, SweepStepped, Warned, Working
+from lora_cli.report.events import Dropped, Emit, SweepStepped, Working
 from lora_cli.runs.sweep import SweepFolder
-from lora_cli.sweep.arrange import Wish
-from lora_cli.sweep.shared import shared_losses, shared_step
-from lora_cli.sweep.stack import Stack
+from lora_cli.sweep.passes import Member, Passes
 from lora_cli.sweep.state import State, decide
-from lora_cli.train.loop import Loop, StepRows
 from lora_cli.train.memory import peak_memory_bytes
+from lora_cli.train.setbacks import has_not_moved
 from lora_cli.train.signals import StopSignals
-
-
-@dataclass
-class Member:
-    """One member at work."""
-
-    number: int
-    """In the stack."""
-    name: str
-    loop: Loop
-    at_work: bool = True
-    """Whether it still takes steps."""
 
 
 @dataclass
 class Rounds:
     """All members, from where each stands to its last step."""
 
-    stack: Stack
+    passes: Passes
     members: Sequence[Member]
     state: State
     folder: SweepFolder
     halving: HalvingConfig | None
-    micro_batch_tokens: int
+    signals: StopSignals
     world: World
     emit: Emit
     conclude: Callable[[Member], None]
     """Writes the result of a member that is over."""
     seconds: float = 0.0
     num_tokens: int = 0
-    signals: StopSignals = field(default_factory=StopSignals, init=False)
     _saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def run(self) -> None:
@@ -71,8 +56,7 @@ class Rounds:
                 while self._at_work:
                     self._round()
             except Abandoned:
-                for member in self._at_work:
-                    member.loop.save()
+                _save(self._at_work)
                 raise
 
     @property
@@ -85,53 +69,39 @@ class Rounds:
         if not due:
             self._halve(int(rung))
             return
-        rows = {member.number: member.loop.rows(member.loop.position.step + 1) for member in due}
-        began = time.perf_counter()
-        results = self._step(due, rows)
-        self._note(due, rows, results, time.perf_counter() - began)
+        self._step(due)
         self._evaluate_due()
         self._save_due()
         self._retire()
         if self.signals.received is not None:
             raise Abandoned
 
-    def _step(self, due: Sequence[Member], rows: dict[int, StepRows]) -> dict[int, StepResult]:
-        while True:
-            try:
-                return shared_step(
-                    self.stack,
-                    {member.number: member.loop.learner for member in due},
-                    [_wish(member, [int(i) for i in rows[member.number].indices]) for member in due],
-                    {member.number: member.loop.train for member in due},
-                    {member.number: rows[member.number].num_supervised for member in due},
-                    micro_batch_tokens=self.micro_batch_tokens,
-                    world=self.world,
-                    heed=self._heed,
-                )
-            except OutOfMemory:
-                longest = max(int(m.loop.train.lengths[rows[m.number].indices].max()) for m in due)
-                self._smaller(longest)
+    def _step(self, due: Sequence[Member]) -> None:
+        """One step of each; each member's figures are in its own record as soon as it has taken it."""
+        before = sum(member.loop.position.num_tokens for member in due)
+        began = time.perf_counter()
+        results: dict[str, StepResult] = {}
+        failed: list[tuple[Member, TrainingError]] = []
+        logged = False
+        for member, result in self.passes.step(due):
+            if isinstance(result, TrainingError):
+                failed.append((member, result))
+                continue
+            results[member.name] = result
+            if member.loop.is_due(member.loop.config.train.logging_steps) or member.loop.is_over:
+                member.loop.write_line()
+                logged = True
+        self._fail(failed)
+        tokens = sum(member.loop.position.num_tokens for member in due) - before
+        if results:
+            self._tell(due, results, tokens, time.perf_counter() - began, logged)
 
-    def _note(
-        self, due: Sequence[Member], rows: dict[int, StepRows], results: dict[int, StepResult], seconds: float
+    def _tell(
+        self, due: Sequence[Member], results: Mapping[str, StepResult], tokens: int, seconds: float, logged: bool
     ) -> None:
-        """Each member's figures into its own record. Its time is its share of the tokens."""
-        tokens = sum(each.num_tokens for each in rows.values())
         self.seconds += seconds
         self.num_tokens += tokens
-        logged = False
-        for member in due:
-            own, loop = rows[member.number], member.loop
-            try:
-                loop.took(own, results[member.number], seconds * own.num_tokens / tokens)
-            except TrainingError as error:
-                self._fail(member, error)
-                continue
-            if loop.is_due(loop.config.train.logging_steps) or loop.is_over:
-                loop.write_line()
-                logged = True
-        best = min(due, key=lambda member: _order(results[member.number].loss))
-        losses = [result.loss for result in results.values()]
+        best = min(results, key=lambda name: _order(results[name].loss))
         step, total = max(m.loop.position.step for m in due), max(m.loop.plan.steps.total for m in self.members)
         self.emit(
             SweepStepped(
@@ -139,19 +109,19 @@ class Rounds:
                 total=total,
                 active=len(due),
                 members=len(self.members),
-                best=best.name,
-                best_loss=results[best.number].loss,
-                worst_loss=max(losses, key=_order),
+                best=best,
+                best_loss=results[best].loss,
+                worst_loss=max((result.loss for result in results.values()), key=_order),
                 num_tokens=tokens,
                 tokens_per_second=tokens / max(seconds, 1e-9),
                 peak_memory_bytes=peak_memory_bytes(self.world.device),
                 seconds_gone=self.seconds,
-                seconds_left=self._seconds_left(tokens, seconds),
+                seconds_left=self._seconds_left(),
                 logged=logged,
             )
         )
 
-    def _seconds_left(self, tokens: int, seconds: float) -> float:
+    def _seconds_left(self) -> float:
         """By the tokens of the rounds so far, if nobody is dropped any more."""
         steps = sum(m.loop.plan.steps.total - m.loop.position.step for m in self._at_work)
         taken = max(1, sum(m.loop.position.steps_counted for m in self._at_work))
@@ -164,31 +134,35 @@ class Rounds:
         self._evaluate([member for member in self._at_work if member.loop.evaluation_is_due])
 
     def _evaluate(self, members: Sequence[Member]) -> None:
-        """The validation loss of each, in the same passes."""
+        """The validation loss of each; those whose adapter hasn't moved yet are the base, which is scored once."""
         if not members:
             return
-        self.emit(Working("evaluating", len(members), len(self.members), "members"))
-        data = {m.number: m.loop.validation for m in members if m.loop.validation is not None}
-        wishes = [_wish(m, range(len(data[m.number])), validation=True) for m in members]
-        computation = members[0].loop.learner.computation
-        while True:
-            try:
-                found = shared_losses(
-                    self.stack,
-                    computation,
-                    wishes,
-                    data,
-                    micro_batch_tokens=self.micro_batch_tokens,
-                    world=self.world,
-                    heed=self._heed,
-                )
-                break
-            except OutOfMemory:
-                self._smaller(max(max(wish.lengths) for wish in wishes))
+        like, scored = self._scored_once(members)
+        failed: list[tuple[Member, TrainingError]] = []
+        for number, (member, loss) in enumerate(self.passes.score(scored), start=1):
+            self.emit(Working("evaluating", number, len(scored), "members"))
+            for same in (member, *like.get(member.number, ())):
+                if isinstance(loss, TrainingError):
+                    failed.append((same, loss))
+                else:
+                    same.loop.note_evaluation(loss)
+                    same.loop.stopped = same.loop.lost_patience()
+        self._fail(failed)
+
+    def _scored_once(self, members: Sequence[Member]) -> tuple[dict[int, list[Member]], list[Member]]:
+        """Those whose loss is another's, by the other's number; and all others."""
+        like: dict[int, list[Member]] = {}
+        scored: list[Member] = []
+        bases: dict[str, Member] = {}
         for member in members:
-            loss = float(found[member.number].sum() / data[member.number].supervised.sum())
-            member.loop.note_evaluation(loss)
-            member.loop.stopped = member.loop.lost_patience()
+            validation = member.loop.validation
+            is_base = validation is not None and has_not_moved(member.loop.learner.parameters)
+            first = bases.setdefault(validation.fingerprint, member) if is_base and validation is not None else member
+            if first is member:
+                scored.append(member)
+            else:
+                like.setdefault(first.number, []).append(member)
+        return like, scored
 
     def _next_rung(self) -> float:
         """The step at which all wait for the next halving."""
@@ -202,8 +176,7 @@ class Rounds:
         assert self.halving is not None
         there = self._at_work
         self._evaluate([member for member in there if not member.loop.position.is_evaluated])
-        for member in there:
-            member.loop.save()
+        _save(there)
         rung = decide(step, {m.name: m.loop.position.eval_losses[-1][1] for m in there}, self.halving)
         self.state.rungs.append(rung)
         self.state.write(self.folder)
@@ -213,36 +186,31 @@ class Rounds:
         self._retire()
 
     def _retire(self) -> None:
-        """Write the results of those that are over."""
-        for member in self._at_work:
-            if not member.loop.is_over:
-                continue
-            member.at_work = False
+        """Write the results of those that are over. In lockstep all are saved first: gone on with, they aren't found
+        behind a step that these took with them."""
+        over = [member for member in self._at_work if member.loop.is_over]
+        for member in over:
             member.loop.write_line()  # what there is since the last one
-            member.loop.save()
+        if over:
+            _save(self._at_work if self.passes.lockstep else over)
+        for member in over:
+            member.at_work = False
             if member.loop.stopped is not None:
                 self.emit(Dropped(member.name, member.loop.position.step, member.loop.stopped))
             self.conclude(member)
 
-    def _fail(self, member: Member, error: TrainingError) -> None:
-        """A member that can't go on leaves; the others don't notice."""
-        member.at_work = False
-        self.state.failed[member.name] = error.message
-        self.state.write(self.folder)
-        self.emit(Dropped(member.name, member.loop.position.step, error.message))
+    def _fail(self, failed: Sequence[tuple[Member, TrainingError]]) -> None:
+        """Members that can't go on leave; the others don't notice."""
+        for member, _ in failed:
+            member.at_work = False
+        if failed and self.passes.lockstep:
+            _save(self._at_work)
+        for member, error in failed:
+            self.state.failed[member.name] = error.message
+            self.state.write(self.folder)
+            self.emit(Dropped(member.name, member.loop.position.step, error.message))
 
-    # Memory, checkpoints, signals
-
-    def _smaller(self, longest: int) -> None:
-        if self.micro_batch_tokens <= longest:
-            raise TrainingError(
-                f"out of memory with one row of one member at a time ({longest:,} tokens)",
-                remedy="Fewer members, shorter rows (data.max_length), train.gradient_checkpointing: true, or\n"
-                "model.quantization: {type: nf4} need less.",
-            )
-        self.micro_batch_tokens = max(self.micro_batch_tokens // 2, 1)
-        tokens = self.micro_batch_tokens
-        self.emit(Warned(f"out of memory: micro-batches of {tokens:,} tokens from here on; the result is the same"))
+    # Checkpoints
 
     def _save_due(self) -> None:
         train = self.members[0].loop.config.train
@@ -250,20 +218,12 @@ class Rounds:
         everyone = self.signals.save_asked() or overdue
         if everyone:
             self._saved_at = time.monotonic()
-        for member in self._at_work:
-            if everyone or member.loop.is_due(train.save_steps):
-                member.loop.save()
-
-    def _heed(self) -> None:
-        """Between two micro-batches: whether to stop here."""
-        if self.signals.received is not None:
-            raise Abandoned
+        _save([member for member in self._at_work if everyone or member.loop.is_due(train.save_steps)])
 
 
-def _wish(member: Member, rows: Sequence[int], *, validation: bool = False) -> Wish:
-    data = member.loop.validation if validation else member.loop.train
-    assert data is not None
-    return Wish(member.number, tuple(rows), tuple(int(data.lengths[i]) for i in rows), data.fingerprint)
+def _save(members: Sequence[Member]) -> None:
+    for member in members:
+        member.loop.save()
 
 
 def _order(loss: float) -> float:

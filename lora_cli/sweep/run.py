@@ -5,6 +5,7 @@ grid -> candidates (data, plans, proof) -> stack (one base, all adapters) -> rou
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 from collections.abc import Sequence
@@ -12,37 +13,27 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from lora_cli.config import Grid, MemberConfig, dump_config
+from lora_cli.config import Grid, dump_config
 from lora_cli.engine.freed import keep_freed_memory
 from lora_cli.engine.step import Abandoned, Learner
 from lora_cli.engine.world import World, join_world
 from lora_cli.errors import Interrupted, UserError
-from lora_cli.report.events import (
-    Emit,
-    Event,
-    Summary,
-    SweepFinished,
-    SweepPlanned,
-    SweepSummary,
-    Warned,
-    Working,
-    ignore,
-)
+from lora_cli.report.events import Emit, SweepFinished, SweepPlanned, SweepSummary, ignore
 from lora_cli.runs.atomic import write_json, write_text
 from lora_cli.runs.sweep import SweepFolder
 from lora_cli.sweep.leaderboard import leaderboard
-from lora_cli.sweep.members import Candidate, assemble, prepare_members
-from lora_cli.sweep.rounds import Member, Rounds
+from lora_cli.sweep.members import Candidate, assemble, go_in_turn, prepare_members, warnings_of
+from lora_cli.sweep.page import write_page
+from lora_cli.sweep.passes import InTurn, Member, Passes, SideBySide
+from lora_cli.sweep.rounds import Rounds
+from lora_cli.sweep.row import Row
 from lora_cli.sweep.stack import Stack
+from lora_cli.sweep.starting import configs_as_before, last_common_step, member_voice, start_members
 from lora_cli.sweep.state import State, read_state
-from lora_cli.train.checkpoint import newest_checkpoint
 from lora_cli.train.disk import failing_writes, require_room_for_run
-from lora_cli.train.loop import Loop
-from lora_cli.train.results import base_samples, read_summary
-from lora_cli.train.resuming import config_as_before, refuse_other_base, start_position
-from lora_cli.train.run import base_fingerprint, conclude, write_origin
-from lora_cli.train.signals import without_save_requests
-from lora_cli.train.trackers import Trackers
+from lora_cli.train.results import base_samples
+from lora_cli.train.run import conclude
+from lora_cli.train.signals import StopSignals, without_save_requests
 
 MICRO_BATCHES_AT_ONCE = 4
 """Rows of several members through the model at once, in micro-batches of one run."""
@@ -51,7 +42,8 @@ MICRO_BATCHES_AT_ONCE = 4
 def sweep(grid: Grid, *, resume: bool = False, emit: Emit = ignore) -> SweepSummary:
     """Train every member of `grid` at the same time and leave a run folder for each in the config's `output_dir`.
 
-    Losses and adapters are those of a `lora train` of each, up to the order of summation; dropout draws other masks.
+    Losses and adapters are those of a `lora train` of each: to the bit where members go in turn; side by side up to the
+    order of summation, and dropout draws other masks.
 
     Args:
         resume: go on with the sweep in `output_dir`: each member from its newest complete checkpoint.
@@ -75,7 +67,7 @@ def _sweep(grid: Grid, resume: bool, emit: Emit) -> SweepSummary:
     folder.refuse_occupied(resume=resume)
     for member in grid.members:
         folder.member(member.name).refuse_occupied(resume=resume and folder.holds_sweep)
-    configs = _configs_as_before(folder, grid) if resume else grid.members
+    configs = configs_as_before(folder, grid) if resume else grid.members
     state = read_state(folder, [member.name for member in grid.members])
     candidates = prepare_members(grid, configs, world, emit)
     emit(_planned(grid, candidates, folder, world))
@@ -110,44 +102,39 @@ def _run(
     resume: bool,
     emit: Emit,
 ) -> SweepSummary:
-    summaries: dict[str, Summary] = {}
-    by_name = {candidate.name: candidate for candidate in candidates}
+    signals = StopSignals()
+
+    def heed() -> None:
+        if signals.received is not None:
+            raise Abandoned
+
+    in_turn, begin = go_in_turn(candidates), None
+    if resume:
+        begin = math.inf if in_turn else last_common_step(candidates, folder, state)
+    members, summaries = start_members(candidates, learners, folder, state, world, begin, heed, emit)
     base_texts: dict[str | None, list[str]] = {}
     """By held-out rows: what the base makes of them is the same for every member."""
 
     def write_result(member: Member) -> None:
-        prepared, voice = by_name[member.name].prepared, _voice(member.name, emit)
+        prepared, voice = candidates[member.number].prepared, member_voice(member.name, emit)
         rows = None if prepared.validation is None else prepared.validation.fingerprint
         with stack.seated(member.number) as model:
             if rows not in base_texts:
                 base_texts[rows] = base_samples(model, prepared, member.loop)
             summaries[member.name] = conclude(model, prepared, member.loop, voice, base_texts[rows])
 
-    members = []
-    base = base_fingerprint(candidates[0].prepared.config)
-    for number, (candidate, learner) in enumerate(zip(candidates, learners, strict=True)):
-        loop = _loop(candidate, folder, learner, world, resume, emit)
-        finished = read_summary(loop.folder) if resume else None
-        member = Member(number, candidate.name, loop)
-        if finished is not None and (finished.stopped or finished.steps >= loop.plan.steps.total):
-            summaries[candidate.name] = finished
-            member.at_work = False
-        elif candidate.name in state.failed:
-            member.at_work = False
-        else:
-            write_origin(loop.folder, candidate.prepared, base)
-            loop.stopped = state.dropped(candidate.name) or loop.lost_patience()
-        members.append(member)
+    passes: Passes = InTurn(stack)
+    if not in_turn:
+        own = min(member.loop.position.micro_batch_tokens for member in members)
+        passes = SideBySide(Row(stack), _tokens_at_once(grid, own, world), world, emit, heed)
     assert grid.config.sweep is not None
     rounds = Rounds(
-        stack=stack,
+        passes=passes,
         members=members,
         state=state,
         folder=folder,
         halving=grid.config.sweep.halving,
-        micro_batch_tokens=_tokens_at_once(
-            grid, min(member.loop.position.micro_batch_tokens for member in members), world
-        ),
+        signals=signals,
         world=world,
         emit=emit,
         conclude=write_result,
@@ -155,13 +142,14 @@ def _run(
     try:
         rounds.run()
     except Abandoned:
-        number = signal.SIGINT if rounds.signals.received == signal.SIGINT else signal.SIGTERM
+        number = signal.SIGINT if signals.received == signal.SIGINT else signal.SIGTERM
         raise Interrupted(
             number,
             f"stopped by {number.name}; every member has a checkpoint",
             remedy=f"Go on with: {_resume_command(folder)}",
         ) from None
     summary = leaderboard(candidates, summaries, state, folder, world)
+    write_page(folder, summary, in_turn=in_turn, warnings=warnings_of(candidates))
     write_json(folder.leaderboard_file, summary.as_json())
     emit(SweepFinished(summary))
     return summary
@@ -173,64 +161,25 @@ def _tokens_at_once(grid: Grid, own: int, world: World) -> int:
     return own * MICRO_BATCHES_AT_ONCE if asked == "auto" and world.device.type == "cpu" else own
 
 
-def _loop(candidate: Candidate, folder: SweepFolder, learner: Learner, world: World, resume: bool, emit: Emit) -> Loop:
-    prepared, own = candidate.prepared, folder.member(candidate.name)
-    voice = _voice(candidate.name, emit)
-    position = start_position(own, learner, prepared, world, resume and newest_checkpoint(own) is not None, voice)
-    return Loop(
-        prepared.config,
-        prepared.plan,
-        learner,
-        prepared.train,
-        prepared.validation,
-        world,
-        own,
-        position,
-        voice,
-        Trackers(),
-    )
-
-
-def _configs_as_before(folder: SweepFolder, grid: Grid) -> tuple[MemberConfig, ...]:
-    """The members' configs of the sweep in `folder`; those given may differ in what can't change the result."""
-    found = []
-    for member in grid.members:
-        own = folder.member(member.name)
-        config = config_as_before(own, member.config)
-        refuse_other_base(own, config)
-        found.append(replace(member, config=config))
-    return tuple(found)
-
-
 def _planned(grid: Grid, candidates: Sequence[Candidate], folder: SweepFolder, world: World) -> SweepPlanned:
     assert grid.config.sweep is not None
     halving, plans = grid.config.sweep.halving, [candidate.prepared.plan for candidate in candidates]
-    engine = plans[0].engine
-    engine = replace(engine, micro_batch_tokens=_tokens_at_once(grid, engine.micro_batch_tokens, world))
+    engine, in_turn = plans[0].engine, go_in_turn(candidates)
+    if not in_turn:
+        engine = replace(engine, micro_batch_tokens=_tokens_at_once(grid, engine.micro_batch_tokens, world))
     return SweepPlanned(
         plan=replace(plans[0], engine=engine),
         members=tuple(candidate.name for candidate in candidates),
         grid={key: tuple(values) for key, values in grid.config.sweep.grid.items()},
         trainable=tuple(plan.parameters.trainable for plan in plans),
         steps=tuple(plan.steps.total for plan in plans),
+        in_turn=in_turn,
         output_dir=str(folder.path),
         halving=None
         if halving is None
         else f"every {halving.every:,} steps the best {halving.keep:.0%} by validation loss go on, "
         f"at least {halving.at_least}",
     )
-
-
-def _voice(name: str, emit: Emit) -> Emit:
-    """What a member says, with its name; its steps are told together with those of the others."""
-
-    def say(event: Event) -> None:
-        if isinstance(event, Warned):
-            emit(Warned(f"{name}: {event.text}"))
-        elif isinstance(event, Working) and not event.total:
-            emit(Working(f"{event.what} of {name}"))
-
-    return say
 
 
 def _resume_command(folder: SweepFolder) -> str:

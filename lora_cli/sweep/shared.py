@@ -1,4 +1,4 @@
-"""What members share: the forward and backward passes of a step, and the scoring of validation rows.
+"""What members share side by side: the forward and backward passes of a step, and the scoring of validation rows.
 
 Gradients and losses of each member are those of a step of its own, up to the order of summation. Knows nothing of
 when a step is due, or of what becomes of its result.
@@ -20,14 +20,14 @@ from lora_cli.engine.scoring import evaluating
 from lora_cli.engine.step import Abandoned, Learner, OutOfMemory, StepResult, on_every_process, update
 from lora_cli.engine.world import World
 from lora_cli.sweep.arrange import MicroBatch, Wish, arrange
-from lora_cli.sweep.stack import Stack
+from lora_cli.sweep.row import Row
 
 if TYPE_CHECKING:
     from lora_cli.engine.computation import Computation
 
 
 def shared_step(
-    stack: Stack,
+    row: Row,
     learners: Mapping[int, Learner],
     wishes: Sequence[Wish],
     data: Mapping[int, Examples],
@@ -50,10 +50,10 @@ def shared_step(
     losses = {wish.member: torch.zeros((), device=world.device) for wish in wishes}
 
     def accumulate_all() -> None:
-        with stack.shared():
+        with row.running():
             for micro_batch in _arranged(wishes, micro_batch_tokens, computation):
                 heed()
-                sums = _losses(stack, computation, micro_batch, data, world)
+                sums = _losses(row, computation, micro_batch, data, world)
                 shares = [total / supervised[seat.member] for seat, total in zip(micro_batch, sums, strict=True)]
                 scaled = [
                     learners[seat.member].scaler.scale(each) for seat, each in zip(micro_batch, shares, strict=True)
@@ -72,7 +72,7 @@ def shared_step(
 
 
 def shared_losses(
-    stack: Stack,
+    row: Row,
     computation: Computation,
     wishes: Sequence[Wish],
     data: Mapping[int, Examples],
@@ -91,16 +91,16 @@ def shared_losses(
     place = {wish.member: {row: number for number, row in enumerate(wish.rows)} for wish in wishes}
 
     def score_all() -> None:
-        with stack.shared() as model, evaluating(model):
+        with row.running() as model, evaluating(model):
             for micro_batch in _arranged(wishes, micro_batch_tokens, computation):
                 heed()
-                batch = _seated(stack, micro_batch, data, world)
+                batch = _seated(row, micro_batch, data, world)
                 token_losses = computation.token_losses(model, batch).double()
-                rows = [(seat.member, row) for seat in micro_batch for row in seat.rows]
-                sums = torch.zeros(len(rows), dtype=torch.float64, device=world.device)
+                seated = [(seat.member, index) for seat in micro_batch for index in seat.rows]
+                sums = torch.zeros(len(seated), dtype=torch.float64, device=world.device)
                 sums.index_add_(0, batch.documents, token_losses)
-                for (member, row), total in zip(rows, sums.tolist(), strict=True):
-                    losses[member][place[member][row]] = total
+                for (member, index), total in zip(seated, sums.tolist(), strict=True):
+                    losses[member][place[member][index]] = total
 
     on_every_process(score_all, world)
     return losses
@@ -111,18 +111,18 @@ def _arranged(wishes: Sequence[Wish], micro_batch_tokens: int, computation: Comp
 
 
 def _losses(
-    stack: Stack, computation: Computation, micro_batch: MicroBatch, data: Mapping[int, Examples], world: World
+    row: Row, computation: Computation, micro_batch: MicroBatch, data: Mapping[int, Examples], world: World
 ) -> Tensor:
     """[seats] sums of each member's supervised tokens' losses, with gradients."""
-    batch = _seated(stack, micro_batch, data, world)
+    batch = _seated(row, micro_batch, data, world)
     owners = torch.repeat_interleave(torch.tensor([len(seat.rows) for seat in micro_batch])).to(world.device)
-    return computation.group_losses(stack.base, batch, owners[batch.documents], len(micro_batch))
+    return computation.group_losses(row.stack.base, batch, owners[batch.documents], len(micro_batch))
 
 
-def _seated(stack: Stack, micro_batch: MicroBatch, data: Mapping[int, Examples], world: World) -> FlatBatch:
-    """A micro-batch as one row, and the stack told who sits where in it."""
+def _seated(row: Row, micro_batch: MicroBatch, data: Mapping[int, Examples], world: World) -> FlatBatch:
+    """A micro-batch as one row, and the base told who sits where in it."""
     parts = [[data[seat.member].example(row) for row in seat.rows] for seat in micro_batch]
-    stack.seats = tuple(
+    row.seats = tuple(
         (seat.member, sum(len(part.input_ids) for part in own)) for seat, own in zip(micro_batch, parts, strict=True)
     )
     flat = [part for own in parts for part in own]

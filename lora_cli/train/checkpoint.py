@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -125,10 +126,10 @@ def load_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
             parameter.copy_(saved[name])
 
 
-def newest_checkpoint(folder: RunFolder) -> Path | None:
-    """The newest complete checkpoint whose files are what its manifest says; None where there is none."""
+def newest_checkpoint(folder: RunFolder, at_most: float = math.inf) -> Path | None:
+    """The newest complete checkpoint up to a step, its files what the manifest says; None where there is none."""
     for step in reversed(folder.checkpoint_steps()):
-        if is_complete(folder.checkpoint(step)):
+        if step <= at_most and is_complete(folder.checkpoint(step)):
             return folder.checkpoint(step)
     return None
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +62,8 @@ class Loop:
     emit: Emit
     trackers: Trackers
     stopped: str | None = None
+    heed: Callable[[], None] | None = None
+    """Called between two micro-batches in place of the loop's own look at signals; may raise `Abandoned`."""
     _signals: StopSignals = field(default_factory=StopSignals, init=False)
     _saved_at: float = field(default_factory=time.monotonic, init=False)
 
@@ -105,12 +107,17 @@ class Loop:
             if stop:
                 raise Abandoned
 
-    def take_step(self, step: int) -> None:
-        """One optimizer step, in smaller micro-batches when memory runs out; its figures into the position."""
+    def take_step(self, step: int) -> StepResult:
+        """One optimizer step, in smaller micro-batches when memory runs out; its figures into the position.
+
+        Raises:
+            TrainingError: as `took`, or out of memory with one row at a time.
+        """
         rows = self.rows(step)
         began = time.perf_counter()
         result = self._applied(rows)
         self.took(rows, result, time.perf_counter() - began)
+        return result
 
     def rows(self, step: int) -> StepRows:
         """Which rows a step takes."""
@@ -140,8 +147,7 @@ class Loop:
 
     def evaluate(self) -> None:
         """The validation loss at this step; early stopping and the best checkpoint follow from it."""
-        assert self.validation is not None
-        self.note_evaluation(self._validation_loss(self.validation))
+        self.note_evaluation(self.validation_loss())
 
     def note_evaluation(self, loss: float) -> None:
         """Take in the validation loss at this step."""
@@ -169,7 +175,11 @@ class Loop:
             self.evaluate()
             self.stopped = self.lost_patience()
 
-    def _validation_loss(self, validation: Examples) -> float:
+    def validation_loss(self) -> float:
+        """Nats per supervised token of the validation rows, in smaller micro-batches when memory runs out."""
+        assert self.validation is not None
+        validation = self.validation
+
         def progress(done: int, of: int) -> None:
             self.emit(Working("evaluating", done, of, "rows"))
             self._heed_signals()
@@ -254,6 +264,9 @@ class Loop:
         Raises:
             Abandoned: to be agreed upon by all processes where they next meet.
         """
+        if self.heed is not None:
+            self.heed()
+            return
         stop = self._signals.received is not None
         if self.world.is_main and (stop or self._signals.save_asked()):
             self._write_checkpoint()

@@ -5,6 +5,7 @@ Refuses to go on with what would give another result, by name; says what changes
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -24,11 +25,20 @@ from lora_cli.train.position import Position
 
 
 def start_position(
-    folder: RunFolder, learner: Learner, prepared: Prepared, world: World, resume: bool, emit: Emit
+    folder: RunFolder,
+    learner: Learner,
+    prepared: Prepared,
+    world: World,
+    resume: bool,
+    emit: Emit,
+    at_most: float = math.inf,
 ) -> Position:
     """Where the run begins: at its newest complete checkpoint when it is resumed, else before the first step.
 
     Every process reads; only the main one, which holds the folder's lock, removes what came after.
+
+    Args:
+        at_most: a step that the run mustn't be beyond.
 
     Raises:
         RunFolderError: the data is not what the checkpoint was made on.
@@ -42,10 +52,12 @@ def start_position(
     )
     if not resume:
         return fresh
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(folder, at_most)
     for step in reversed(folder.checkpoint_steps()):
         if folder.checkpoint(step) == newest:
             break
+        if step > at_most:
+            continue
         emit(Warned(f"{folder.checkpoint(step)} isn't what its manifest says: it is passed over and removed"))
     if newest is None:
         _cut_back(folder, fresh, world)

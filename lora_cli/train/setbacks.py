@@ -70,7 +70,7 @@ class Setbacks:
 
     def _look_for_learning(self, result: StepResult) -> None:
         """After a few steps every target has moved, or it never will."""
-        born_zero = {name: p for name, p in self.parameters.items() if any(part in name for part in _BORN_ZERO)}
+        born_zero = _born_zero(self.parameters)
         still = [name for name, parameter in born_zero.items() if not torch.count_nonzero(parameter)]
         if result.grad_norm == 0.0 or (still and len(still) == len(born_zero)):
             why = (
@@ -117,3 +117,13 @@ class Setbacks:
                 "here on; the result is the same"
             )
         )
+
+
+def has_not_moved(parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether every adapter's product is still zero, so that the model is its base."""
+    born_zero = _born_zero(parameters)
+    return bool(born_zero) and not any(torch.count_nonzero(parameter) for parameter in born_zero.values())
+
+
+def _born_zero(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in parameters.items() if any(part in name for part in _BORN_ZERO)}

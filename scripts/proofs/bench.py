@@ -41,7 +41,7 @@ class Workplace:
 
     @classmethod
     def made(cls, folder: Path, seed: int) -> Workplace:
-        """Fill a folder. The model is built in a fork, since nothing may be computed in this process."""
+        """Fill a folder. The models are built in a fork, since nothing may be computed in this process."""
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["LORA_CACHE_DIR"] = str(folder / "cache")
         pid = os.fork()
@@ -49,12 +49,12 @@ class Workplace:
             code = 1
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                tiny.make_model(folder / "model")
+                tiny.make_llama(folder / "llama", tiny.make_model(folder / "model"))
                 code = 0
             finally:
                 os._exit(code)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-            raise RuntimeError("the tiny model can't be built")
+            raise RuntimeError("the tiny models can't be built")
         tiny.make_rows(folder / "train.jsonl", 41)
         tiny.make_rows(folder / "heldout.jsonl", 6, seed=1)
         return cls(folder, Random(seed))

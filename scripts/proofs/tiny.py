@@ -21,6 +21,28 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+def make_llama(folder: Path, like: Path) -> Path:
+    """A Llama of 30,000 random parameters, whose layers run fused, with tokenizer and chat template of `like`."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(like)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_rows(path: Path, count: int, *, seed: int = 0) -> Path:
     """So many conversations of one to three turns, as JSON Lines."""
     random = Random(seed)
@@ -37,7 +59,7 @@ def make_rows(path: Path, count: int, *, seed: int = 0) -> Path:
     return path
 
 
-def write_config(path: Path, model: Path, rows: Path, output_dir: Path, **sections: dict[str, Any]) -> Path:
+def write_config(path: Path, model: Path, rows: Path, output_dir: Path, /, **sections: dict[str, Any]) -> Path:
     """A small config, with settings of its sections changed."""
     config: dict[str, Any] = {
         "model": {"name_or_path": str(model), "dtype": "float32"},
@@ -56,8 +78,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return {
         "adapter": hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
-        "metrics": [_stable(line) for line in lines(folder)],
-        "summary": _stable(summary),
+        "metrics": [stable(line) for line in lines(folder)],
+        "summary": stable(summary),
     }
 
 
@@ -66,5 +88,6 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _stable(values: dict[str, Any]) -> dict[str, Any]:
+def stable(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what differs from run to run."""
     return {key: value for key, value in values.items() if key not in VOLATILE}

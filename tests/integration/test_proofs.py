@@ -27,12 +27,18 @@ def prove(tmp_path, script, *arguments):
 
 
 def test_runs_survive_kills_signals_and_shortages(tmp_path):
-    few = ("--kills", "4", "--every", "61", "--terms", "1", "--shortages", "2")
+    few = ("--sweep-kills", "1", "--kills", "4", "--every", "61", "--terms", "1", "--shortages", "2")
     done = prove(tmp_path, "torture.py", *few, "--seed", "1", "--json")
     tallies = {tally["name"].partition(" at")[0]: tally for tally in json.loads(done.stdout)}
     assert all(tally["tried"] and not tally["failures"] for tally in tallies.values())
     assert tallies["kill -9"]["tried"] == 4
     assert tallies["out of memory"]["facts"]["halvings"] > 0
+
+
+def test_sweeps_survive_kills(tmp_path):
+    done = prove(tmp_path, "torture.py", "--only", "sweeps", "--sweep-kills", "9", "--seed", "2", "--json")
+    (tally,) = json.loads(done.stdout)
+    assert tally["tried"] == 9 and not tally["failures"] and tally["facts"]["sweeps"] > 1
 
 
 def test_hostile_folders_are_refused(tmp_path):

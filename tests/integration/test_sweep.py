@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from lora_cli.config import load_grid
 from lora_cli.errors import Interrupted, RunFolderError
 from lora_cli.report.events import Dropped, SweepStepped, Warned
-from lora_cli.sweep import rounds, sweep
+from lora_cli.sweep import passes, sweep
+from lora_cli.train import loop as loop_module
+from tests.integration.conftest import VOLATILE
 
 GRID = (
     "adapter.r=[2, 6]",
@@ -141,6 +144,40 @@ def test_stopped_and_resumed_it_ends_in_the_same_bits(swept):
     assert [m.eval_loss for m in finished.members] == [m.eval_loss for m in whole.members]
 
 
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("save", [1, 2, 6, 11], ids=["before any", "after one", "between two", "before the last"])
+def test_ended_between_checkpoints_it_goes_on_to_the_same_bits(swept, monkeypatch, save):
+    """Side by side the last digits depend on who is there: nobody may go on from a step that others haven't reached."""
+    grid = ("adapter.r=[2, 6]", "train.seed=[1, 2]")
+    overrides = ["train.max_steps=3", "train.logging_steps=1", "train.save_steps=1"]
+    whole = swept(*grid, overrides=overrides, folder="whole")
+    write, saves = loop_module.save_checkpoint, []
+
+    def killed(*given):
+        saves.append(given)
+        if len(saves) == save:
+            raise Killed
+        return write(*given)
+
+    monkeypatch.setattr(loop_module, "save_checkpoint", killed)
+    with pytest.raises(Killed):
+        swept(*grid, overrides=overrides)
+    events = []
+    again = swept(*grid, overrides=overrides, resume=True, emit=events.append)
+    assert all(event.active == 4 for event in events if isinstance(event, SweepStepped))
+    for one, two in zip(again.members, whole.members, strict=True):
+        assert [stable(line) for line in lines(one.output_dir)] == [stable(line) for line in lines(two.output_dir)]
+        for name, tensor in adapter(one.output_dir).items():
+            assert torch.equal(tensor, adapter(two.output_dir)[name])
+
+
+def stable(line):
+    return {key: value for key, value in line.items() if key not in VOLATILE}
+
+
 def test_the_command(lora, config_file, tmp_path):
     out_dir = tmp_path / "by-command"
     common = ("--set", "train.max_steps=2", "--output-dir", str(out_dir))
@@ -149,6 +186,8 @@ def test_the_command(lora, config_file, tmp_path):
     board = json.loads(out)
     assert [m["steps"] for m in board["members"]] == [2, 2] and board["ranked_by"] == "train_loss"
     assert json.loads((out_dir / "leaderboard.json").read_text()) == board
+    links = re.findall(r'<a href="([^"]*)"', (out_dir / "report.html").read_text())
+    assert len(links) == 2 and all((out_dir / link).is_file() for link in links)
     code, out, err = lora("sweep", config_file, "--grid", "adapter.r=[2, 4]", *common)
     assert code == 2 and "Traceback" not in err
     code, out, err = lora("generate", out_dir / "01-r2", "--prompt", "noon", "--max-new-tokens", "2")
@@ -167,15 +206,15 @@ def test_a_member_that_bursts_leaves_alone(swept):
 
 def test_memory_that_runs_out_halves_the_rows_of_all(swept, monkeypatch):
     plain = swept("train.seed=[1, 2]", folder="plain")
-    step, tokens = rounds.shared_step, []
+    step, tokens = passes.shared_step, []
 
     def scarce(*arguments, micro_batch_tokens, **others):
         tokens.append(micro_batch_tokens)
         if micro_batch_tokens > 2000:
-            raise rounds.OutOfMemory
+            raise passes.OutOfMemory
         return step(*arguments, micro_batch_tokens=micro_batch_tokens, **others)
 
-    monkeypatch.setattr(rounds, "shared_step", scarce)
+    monkeypatch.setattr(passes, "shared_step", scarce)
     less = swept("train.seed=[1, 2]", folder="less")
     assert tokens[0] > 2000 and tokens[-1] <= 2000 and len(tokens) > 8
     assert [m.train_loss for m in less.members] == pytest.approx([m.train_loss for m in plain.members], rel=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import numpy as np
 import pytest
@@ -23,11 +22,10 @@ from lora_cli.model.adapter import attach_adapter
 from lora_cli.plan import DataAccount
 from lora_cli.sweep.arrange import Wish
 from lora_cli.sweep.proof import prove_sharing
+from lora_cli.sweep.row import Row
 from lora_cli.sweep.shared import shared_losses, shared_step
 from lora_cli.sweep.stack import Adapter, Stack
 from tests.unit.engine import tiny
-
-stack_module = sys.modules[Stack.__module__]  # the package gives its function where the room would be
 
 LENGTHS = [9, 5, 14, 3, 7, 11]
 SEVERAL = [
@@ -62,7 +60,7 @@ def in_four_bits(model):
     return model.requires_grad_(False)
 
 
-def members(base, configs, computation, rate=1e-2, **settings):
+def members(base, configs, computation, rate=1e-2):
     adapters, learners = [], []
     for number, config in enumerate(configs):
         model = attach_adapter(base, config, seed=number)
@@ -82,7 +80,7 @@ def members(base, configs, computation, rate=1e-2, **settings):
             Learner(base, trained, optimizer, make_scheduler(train, optimizer, 9), scaler, computation, 1.0)
         )
         adapters.append(Adapter.taken_from(base, model))
-    return Stack(base, adapters, **settings), learners
+    return Stack(base, adapters), learners
 
 
 def wishes(examples, rows):
@@ -91,7 +89,7 @@ def wishes(examples, rows):
 
 def together(stack, learners, examples, rows, tokens=4096):
     return shared_step(
-        stack,
+        Row(stack),
         dict(enumerate(learners)),
         wishes(examples, rows),
         dict.fromkeys(rows, examples),
@@ -110,53 +108,26 @@ def alone(stack, learners, examples, rows):
     return found
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "fused llama", "mistral", "gemma2", "qwen3", "nf4"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "mistral", "gemma2", "qwen3", "nf4"])
 @pytest.mark.parametrize("packing", ["documents", "single"])
 @pytest.mark.parametrize("tokens", [4096, 40])
-def test_a_shared_step_is_the_step_of_each_alone(examples, model_type, packing, tokens, monkeypatch):
+def test_a_shared_step_is_the_step_of_each_alone(examples, model_type, packing, tokens):
     kind = model_type if model_type in tiny.SETTINGS else "llama"
     base = in_four_bits(tiny.tiny_model(kind)) if model_type == "nf4" else tiny.tiny_model(kind)
-    fusion = "layers" if model_type == "fused llama" and packing == "documents" else None
-    computation = Computation(packing, "chunked", torch.float32, "eager", fusion)
+    computation = Computation(packing, "chunked", torch.float32, "eager")
     # The first two see the same rows, as members with one seed do; the others have their own.
     rows = {0: [0, 1, 2], 1: [0, 1, 2], 2: [4, 2], 3: [5]}
     copied = copy.deepcopy(base)
-    stack, learners = members(base, SEVERAL, computation, fewest_tokens=0)
-    # The runs alone take the modules' own code, whatever the shared step takes.
-    other, theirs = members(copied, SEVERAL, Computation(packing, "chunked", torch.float32, "eager"))
-    runs = []
-    run_layer = stack_module.run_layer
-    monkeypatch.setattr(stack_module, "run_layer", lambda *given: runs.append(given) or run_layer(*given))
+    stack, learners = members(base, SEVERAL, computation)
+    other, theirs = members(copied, SEVERAL, computation)
     for _ in range(2):
         ours, expected = together(stack, learners, examples, rows, tokens), alone(other, theirs, examples, rows)
         for number in rows:
             assert ours[number].loss == pytest.approx(expected[number].loss, rel=1e-6)
             assert ours[number].grad_norm == pytest.approx(expected[number].grad_norm, rel=1e-5)
-    assert bool(runs) == (fusion is not None)
     for one, another in zip(learners, theirs, strict=True):
         for name, parameter in one.parameters.items():
             torch.testing.assert_close(parameter, another.parameters[name], rtol=1e-5, atol=1e-6)
-
-
-def test_shared_layers_are_recomputed_under_checkpointing(examples, monkeypatch):
-    rows, run_layer, runs = {0: [0, 1, 2], 1: [4, 2]}, stack_module.run_layer, []
-    monkeypatch.setattr(stack_module, "run_layer", lambda *given: runs.append(given) or run_layer(*given))
-    computation = Computation("documents", "chunked", torch.float32, "eager", "layers")
-
-    def step(checkpointing):
-        runs.clear()
-        base = tiny.tiny_model("llama")
-        if checkpointing:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        stack, learners = members(base, SEVERAL[:2], computation, fewest_tokens=0)
-        found = together(stack, learners, examples, rows)
-        return len(runs), [found[number] for number in rows], [learner.parameters for learner in learners]
-
-    plain, again = step(False), step(True)
-    assert (plain[0], again[0]) == (2, 4)
-    assert again[1] == plain[1]
-    for one, other in zip(plain[2], again[2], strict=True):
-        assert all(torch.equal(parameter, other[name]) for name, parameter in one.items())
 
 
 def test_who_else_is_there_changes_nothing(examples):
@@ -192,7 +163,7 @@ def test_scores_are_those_of_each_alone(examples):
     stack, learners = members(tiny.tiny_model("gpt2"), SEVERAL, computation)
     everything = {number: list(range(6)) for number in range(4)}
     found = shared_losses(
-        stack,
+        Row(stack),
         computation,
         wishes(examples, everything),
         dict.fromkeys(everything, examples),
@@ -220,7 +191,7 @@ def test_a_step_that_is_abandoned_leaves_nothing(examples):
     rows = {0: [0, 1, 2], 1: [3, 4, 5]}
     with pytest.raises(Abandoned):
         shared_step(
-            stack,
+            Row(stack),
             dict(enumerate(learners)),
             wishes(examples, rows),
             dict.fromkeys(rows, examples),
@@ -245,9 +216,6 @@ def test_the_base_is_left_as_it_was(examples):
 def test_sharing_is_proven_for_what_can_share(model_type):
     computation = Computation("documents", "chunked", torch.float32, "eager")
     assert prove_sharing(tiny.tiny_config(model_type), computation, SEVERAL[:3]) < 1e-5
-    if model_type == "llama":
-        fused = Computation("documents", "chunked", torch.float32, "eager", "layers")
-        assert prove_sharing(tiny.tiny_config(model_type), fused, SEVERAL[:3]) < 1e-5
 
 
 def test_a_head_cannot_be_shared():
