@@ -22,83 +22,112 @@ typedef uint16_t wvec __attribute__((vector_size(64)));
 
 INLINE int64_t planes_of(int half) { return half ? 1 : PIECES; }
 
-/* The upper halves of sixteen words, and of the next sixteen. */
-INLINE uvec beside(uvec first, uvec second) {
-    const wvec upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    return (uvec)__builtin_shuffle((wvec)first, (wvec)second, upper);
-}
+/* A step of depth is 32 values in sixteen pairs, of neighbours in bfloat16; of a float32, the pairs are of one value and
+ * the sixteenth after it, which takes no shuffling: shuffles run on the very port that tiles keep busy. */
+INLINE int64_t first_of(int half, int64_t pair) { return half ? 2 * pair : pair; }
+INLINE int64_t second_of(int half, int64_t pair) { return half ? 2 * pair + 1 : pair + TILE; }
 
-/* Two rows of 32 bfloat16s as sixteen pairs of one with the other: of the left halves, and of the right ones. */
+/* Two pieces as a pair. */
+INLINE uvec joined(uvec first, uvec second) { return first >> 16 | (second & 0xffff0000u); }
+
+/* Two rows of bfloat16s as pairs of one with the other: of the left halves, and of the right ones. */
 INLINE uvec woven(uvec one, uvec other, int right) {
     const wvec first = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     return (uvec)__builtin_shuffle((wvec)one, (wvec)other, right ? first + 16 : first);
 }
 
-/* The planes of 32 values that follow each other. */
-INLINE void narrow(int half, vec first, vec second, uvec planes[PIECES]) {
+/* The planes of a row of 32 values, in pairs along it. */
+INLINE void planes_of_row(int half, vec first, vec second, uvec row[PIECES]) {
     if (half) {
-        planes[0] = (uvec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+        row[0] = (uvec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
         return;
     }
     uvec one[PIECES], other[PIECES];
     pieces_of(first, one);
     pieces_of(second, other);
-    for (int p = 0; p < PIECES; p++) planes[p] = beside(one[p], other[p]);
+    for (int p = 0; p < PIECES; p++) row[p] = joined(one[p], other[p]);
+}
+
+/* Of two rows of 32 values, which are a pair in depth themselves: the planes of each row, in pairs along it, and those of
+ * each half of both, in pairs of the rows. */
+INLINE void planes_of_two(int half, vec values[2][2], uvec rows[2][PIECES], uvec pairs[2][PIECES]) {
+    if (half) {
+        for (int i = 0; i < 2; i++) planes_of_row(1, values[i][0], values[i][1], rows[i]);
+        for (int i = 0; i < 2; i++) pairs[i][0] = woven(rows[0][0], rows[1][0], i);
+        return;
+    }
+    uvec pieces[2][2][PIECES];
+    for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 2; j++) pieces_of(values[i][j], pieces[i][j]);
+    for (int p = 0; p < PIECES; p++)
+        for (int i = 0; i < 2; i++) {
+            rows[i][p] = joined(pieces[i][0][p], pieces[i][1][p]);
+            pairs[i][p] = joined(pieces[0][i][p], pieces[1][i][p]);
+        }
 }
 
 INLINE void put_words(uvec words, void *to) { *(vec_at *)to = (vec)words; }
 
-/* Rows [count, size] as left tiles of 16 rows, as right tiles of pairs of rows, or both; 0 from `count` to the end of a
- * step of 32 rows. `steps`: of such, from one right tile to the next. */
-INLINE void pack(int half, const void *from, int64_t stride, int64_t count, int64_t size, uint16_t *rows, uint32_t *pairs,
-                 int64_t steps) {
+/* Rows [count, size], times `factor` if they are float32, as left tiles of 16 rows, as right tiles of pairs of rows, or
+ * both; 0 from `count` to the end of a step of 32 rows. `steps`: of such, from one right tile to the next. */
+INLINE void pack(int half, const void *from, int64_t stride, int64_t count, int64_t size, float factor, uint16_t *rows,
+                 uint32_t *pairs, int64_t steps) {
     const int64_t planes = planes_of(half), depth = size / DEPTH;
-    for (int64_t t = 0; t < whole(count, DEPTH); t += 2)
+    for (int64_t n = 0; n < whole(count, DEPTH) / 2; n++)
         for (int64_t e = 0; e < size; e += DEPTH) {
-            uvec words[2][PIECES] = {0};
+            const int64_t step = n / TILE, at[2] = {step * DEPTH + first_of(half, n % TILE),
+                                                    step * DEPTH + second_of(half, n % TILE)};
+            vec values[2][2] = {0};
+            uvec words[2][PIECES] = {0}, pair[2][PIECES] = {0};
             for (int i = 0; i < 2; i++) {
-                const void *row = row_of(from, t + i, stride, half);
-                if (t + i >= count) continue;
+                const void *row = row_of(from, at[i], stride, half);
+                if (at[i] >= count) continue;
                 if (half) words[i][0] = (uvec)load((const uint16_t *)row + e, 0, 0);
-                else narrow(0, load(row, e, 0), load(row, e + WIDTH, 0), words[i]);
+                else values[i][0] = load(row, e, 0) * factor, values[i][1] = load(row, e + WIDTH, 0) * factor;
             }
-            const int64_t left = (t / TILE * depth + e / DEPTH) * planes * SPOT + t % TILE * DEPTH;
-            const int64_t right = (e / TILE * steps + t / DEPTH) * planes * PAIRS + t % DEPTH / 2 * TILE;
-            for (int p = 0; p < planes; p++) {
-                for (int i = 0; rows && i < 2; i++) put_words(words[i][p], rows + left + p * SPOT + i * DEPTH);
-                for (int i = 0; pairs && i < 2; i++)
-                    put_words(woven(words[0][p], words[1][p], i), pairs + right + (i * steps * planes + p) * PAIRS);
-            }
+            if (half) pair[0][0] = woven(words[0][0], words[1][0], 0), pair[1][0] = woven(words[0][0], words[1][0], 1);
+            else planes_of_two(0, values, words, pair);
+            const int64_t right = (e / TILE * steps + step) * planes * PAIRS + n % TILE * TILE;
+            for (int p = 0; p < planes; p++)
+                for (int i = 0; i < 2; i++) {
+                    const int64_t left = ((at[i] / TILE * depth + e / DEPTH) * planes + p) * SPOT + at[i] % TILE * DEPTH;
+                    if (rows) put_words(words[i][p], rows + left);
+                    if (pairs) put_words(pair[i][p], pairs + right + (i * steps * planes + p) * PAIRS);
+                }
         }
 }
 
-/* Rows [count, size] as right tiles of pairs along a row; 0 from `count` to the end of a tile. */
-INLINE void pack_along(int half, const void *from, int64_t stride, int64_t count, int64_t size, uint32_t *to) {
-    const int64_t words = half ? size / 2 : size;
+/* Sixteen rows from `from` on, `stride` words apart, of which `count` are there; transposed. */
+INLINE void fetch_turned(const float *from, int64_t stride, int64_t count, vec rows[TILE]) {
+    if (count >= TILE) {
+        _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++) rows[r] = load(from + r * stride, 0, 0);
+    } else {
+        for (int64_t r = 0; r < TILE; r++) rows[r] = r < count ? load(from + r * stride, 0, 0) : (vec){0};
+    }
+    turn(rows);
+}
+
+/* Rows [count, size], times `factor` if they are float32, as right tiles of pairs along a row; 0 from `count` to the end
+ * of a tile. */
+INLINE void pack_along(int half, const void *from, int64_t stride, int64_t count, int64_t size, float factor,
+                       uint32_t *to) {
     for (int64_t t = 0; t < count; t += TILE)
-        for (int64_t e = 0; e < words; e += TILE) {
-            vec rows[TILE] = {0};
-            const float *at = (const float *)row_of(from, t, stride, half) + e;
-            const int64_t row = half ? stride / 2 : stride;
-            if (count - t >= TILE) {
-                _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++) rows[r] = load(at + r * row, 0, 0);
-            } else {
-                for (int64_t r = 0; r < count - t; r++) rows[r] = load(at + r * row, 0, 0);
+        for (int64_t e = 0; e < size; e += DEPTH, to += planes_of(half) * PAIRS) {
+            const float *at = row_of(row_of(from, t, stride, half), e, 1, half);
+            vec rows[2][TILE];
+            fetch_turned(at, half ? stride / 2 : stride, count - t, rows[0]);
+            if (!half) fetch_turned(at + TILE, stride, count - t, rows[1]);
+            for (int r = 0; r < TILE; r++) {
+                if (half) {
+                    put_words((uvec)rows[0][r], to + r * TILE);
+                    continue;
+                }
+                uvec one[PIECES], other[PIECES];
+                pieces_of(rows[0][r] * factor, one);
+                pieces_of(rows[1][r] * factor, other);
+                for (int p = 0; p < PIECES; p++) put_words(joined(one[p], other[p]), to + p * PAIRS + r * TILE);
             }
-            turn(rows);
-            if (half) {
-                for (int r = 0; r < TILE; r++, to += TILE) put_words((uvec)rows[r], to);
-                continue;
-            }
-            for (int r = 0; r < TILE; r += 2, to += TILE) {
-                uvec even[PIECES], odd[PIECES];
-                pieces_of(rows[r], even);
-                pieces_of(rows[r + 1], odd);
-                for (int p = 0; p < PIECES; p++) put_words(even[p] >> 16 | (odd[p] & 0xffff0000u), to + p * PAIRS);
-            }
-            if (e % DEPTH) to += (PIECES - 1) * PAIRS; /* two times sixteen of depth make a tile */
         }
 }
 
@@ -117,8 +146,13 @@ typedef struct {
     int64_t left_next, right_next, steps;
 } Sides;
 
+/* What vector units do meanwhile: a product on tiles keeps them waiting, and a core sees too few instructions ahead to
+ * find other work by itself. So a part of it stands after every four products of tiles. */
+typedef void Meanwhile(void *work);
+
 /* sums, one to four tiles, (+)= left right. `down` and `across`: from a tile of the sums to those beside it. */
-INLINE void multiply(int half, int which, const Sides *sides, float *sums, int64_t down, int64_t across, int fresh) {
+INLINE void multiply(int half, int which, const Sides *sides, float *sums, int64_t down, int64_t across, int fresh,
+                     Meanwhile *meanwhile, void *work) {
     const uint16_t *a = sides->left, *a_next = a + sides->left_next;
     const uint32_t *b = sides->right, *b_next = b + sides->right_next;
 #define EACH(what)                                                                                          \
@@ -132,6 +166,11 @@ INLINE void multiply(int half, int which, const Sides *sides, float *sums, int64
 #define FETCH(n, bit, at, a, b) if (which & bit) _tile_loadd(n, sums + (at), 64)
 #define KEEP(n, bit, at, a, b) if (which & bit) _tile_stored(n, sums + (at), 64)
 #define ADD(n, bit, at, a, b) if (which & bit) _tile_dpbf16ps(n, a, b)
+#define ADD_ALL                                                                                             \
+    do {                                                                                                    \
+        EACH(ADD);                                                                                          \
+        if (meanwhile) meanwhile(work);                                                                     \
+    } while (0)
 #define ROWS_OF(p)                                                                                          \
     do {                                                                                                    \
         _tile_loadd(4, a + p * SPOT, 64);                                                                   \
@@ -148,20 +187,20 @@ INLINE void multiply(int half, int which, const Sides *sides, float *sums, int64
         ROWS_OF(0);
         if (!half) { /* from the smallest products to the largest, each change with two loads */
             COLUMNS_OF(2);
-            EACH(ADD);
+            ADD_ALL;
             COLUMNS_OF(1);
-            EACH(ADD);
+            ADD_ALL;
             ROWS_OF(1);
-            EACH(ADD);
+            ADD_ALL;
             COLUMNS_OF(0);
-            EACH(ADD);
+            ADD_ALL;
             ROWS_OF(2);
-            EACH(ADD);
+            ADD_ALL;
             ROWS_OF(0);
         } else {
             COLUMNS_OF(0);
         }
-        EACH(ADD);
+        ADD_ALL;
         a += planes_of(half) * SPOT, a_next += planes_of(half) * SPOT;
         b += planes_of(half) * PAIRS, b_next += planes_of(half) * PAIRS;
     }
@@ -171,19 +210,14 @@ INLINE void multiply(int half, int which, const Sides *sides, float *sums, int64
 /* e^x where `seen` has a bit, else 0, as `exponential_vec`; for a bfloat16 to 1e-4. */
 INLINE vec exponential_seen(int half, __mmask16 seen, vec x) {
     seen = _mm512_mask_cmp_ps_mask(seen, (__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-    vec shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f, p;
+    vec shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+    vec r = x - n * 0.693147180559945309f, p;
     if (half) {
-        vec r = x - n * 0.693147180559945309f;
-        p = ((r * 0.165179744f + 0.50413038f) * r + 1.00019584f) * r + 1.0f;
+        p = ((r * 0.165179744f + 0.504130378f) * r + 1.00019584f) * r + 1.0f;
     } else {
-        vec r = x - n * 0.693359375f;
-        r = r + n * 2.12194440e-4f;
-        p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * (r * r) + r + 1.0f;
+        p = (r * 0.00138436537f + 0.0083741555f) * r + 0.0416680016f;
+        p = ((p * r + 0.166664317f) * r + 0.49999994f) * r + 1.0f;
+        p = p * r + 1.0f;
     }
     return (vec)_mm512_maskz_scalef_ps(seen, (__m512)p, (__m512)n);
 }
@@ -212,9 +246,7 @@ REDUCE(sum_of_each, SUM)
 /* 32 values of a row of the caller's. */
 INLINE void put_row(int half, void *row, int64_t index, vec first, vec second) {
     if (half) {
-        uvec words[PIECES];
-        narrow(1, first, second, words);
-        put_words(words[0], (uint16_t *)row + index);
+        put_words((uvec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first), (uint16_t *)row + index);
     } else {
         store(row, index, first, 0);
         store(row, index + WIDTH, second, 0);

@@ -17,79 +17,104 @@ int tiles_fit(int half, int64_t size) {
 }
 
 typedef struct {
-    uint32_t *keys, *values;      /* right tiles [key, along size] and [size, pairs of keys] */
-    uint16_t *queries, *weights;  /* left tiles of 32 queries [query, along size] and [query, keys] */
-    float *scores, *sums;         /* tiles [2, keys] and [2, size] */
+    uint32_t *keys, *values;     /* right tiles [key, along size] and [size, pairs of keys] */
+    uint16_t *queries, *weights; /* left tiles of 32 queries [query, along size] and [query, keys] */
+    float *scores[2], *sums;     /* tiles [2 of queries, keys], of a unit and of the one before it, and [2, size] */
     int64_t width;
 } There;
 
-/* Scores of 16 queries, times `scale`, to weights e^(score - largest), in left tiles. The last of `tiles` is on the
- * diagonal. Returns the weights' sums; `largest` is of each query. */
-INLINE vec soften(int half, const float *scores, int64_t tiles, float scale, uint16_t *weights, float *largest) {
-    const int64_t last = tiles - 1;
-    vec most[TILE], totals[TILE];
-    _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++)
-        most[r] = (vec)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), (__mmask16)((2u << r) - 1),
-                                            scores + last * PAIRS + r * TILE);
-    for (int64_t k = 0; k < last; k++)
-        _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++)
-            most[r] = LARGER(most[r], load(scores + k * PAIRS + r * TILE, 0, 0));
-    store(largest, 0, largest_of_each(most) * scale, 0);
-    for (int64_t r = 0; r < TILE; r++) {
-        const float *from = scores + r * TILE;
-        uint16_t *to = weights + r * DEPTH;
-        vec total = {0};
-        uvec planes[PIECES];
-        for (int64_t k = 0; k < tiles; k += 2, to += planes_of(half) * SPOT) {
-            __mmask16 first = 0xffff, second = 0xffff;
-            if (k + 2 >= tiles) {
-                __mmask16 seen = (__mmask16)((2u << r) - 1);
-                first = k == last ? seen : first, second = k == last ? 0 : seen;
-            }
-            vec one = exponential_seen(half, first, load(from + k * PAIRS, 0, 0) * scale - largest[r]);
-            vec two = exponential_seen(half, second, load(from + (k + 1) * PAIRS, 0, 0) * scale - largest[r]);
-            total += one + two;
-            narrow(half, one, two, planes);
-            for (int p = 0; p < planes_of(half); p++) put_words(planes[p], to + p * SPOT);
+/* 32 queries of a head: scores first, then, beside the next unit's scores, their weights. */
+typedef struct {
+    const There *s;
+    int64_t head, first, count, step, row; /* of weights, a row of a step of 32 keys comes next */
+    float *scores, scale, largest[DEPTH], totals[DEPTH][WIDTH];
+} Unit;
+
+INLINE int is_done(const Unit *u) { return u->step > u->first / DEPTH; }
+
+/* Weights e^(score - largest) of `rows` queries and 32 keys, in left tiles, and their sums. */
+INLINE void soften(int half, int rows, Unit *u) {
+    const int64_t planes = planes_of(half), wide = u->s->width / DEPTH * planes * SPOT, last = u->first / DEPTH;
+    for (int n = 0; n < rows && !is_done(u); n++) {
+        const int64_t t = u->row / TILE, r = u->row % TILE;
+        const float *from = u->scores + (t * u->s->width + u->step * DEPTH) * TILE + r * TILE;
+        uint16_t *to = u->s->weights + t * wide + u->step * planes * SPOT + r * DEPTH;
+        __mmask16 first = 0xffff, second = 0xffff;
+        if (u->step == last) {
+            __mmask16 seen = (__mmask16)((2u << r) - 1);
+            first = t ? first : seen, second = t ? seen : 0;
         }
-        totals[r] = total;
+        vec one = load(from, 0, 0), two = load(from + PAIRS, 0, 0);
+        if (half) one *= u->scale, two *= u->scale;
+        one = exponential_seen(half, first, one - u->largest[u->row]);
+        two = exponential_seen(half, second, two - u->largest[u->row]);
+        store(u->totals[u->row], 0, load(u->totals[u->row], 0, 0) + (one + two), 0);
+        uvec row[PIECES];
+        planes_of_row(half, one, two, row);
+        for (int p = 0; p < planes; p++) put_words(row[p], to + p * SPOT);
+        if (++u->row == whole(u->count, TILE)) u->row = 0, u->step++;
     }
-    return sum_of_each(totals);
 }
 
-INLINE void some_queries(int half, const Job *job, const There *s, const Task *task, int64_t head, int64_t first) {
-    const Shape *shape = job->shape;
-    const int64_t planes = planes_of(half), size = shape->size, at = task->start + first;
-    const int64_t count = least(DEPTH, task->length - first), after = first / DEPTH, steps = s->width / DEPTH;
-    const int64_t along = size / DEPTH * planes, wide = s->width / TILE * PAIRS;
-    const int two = count > TILE;
-    const void *from = row_of(row_of(shape->qkv, at, shape->stride, half), head, size, half);
-    pack(half, from, shape->stride, count, size, s->queries, 0, 0);
+/* As much of it as fits beside four products of tiles. */
+static __attribute__((noinline)) void soften_half(void *unit) { soften(1, 16, unit); }
+static __attribute__((noinline)) void soften_full(void *unit) { soften(0, 3, unit); }
+
+/* The largest score of each query; the last tile is on the diagonal. */
+INLINE void find_largest(int half, Unit *u) {
+    for (int64_t t = 0; t < whole(u->count, TILE) / TILE; t++) {
+        const float *scores = u->scores + t * u->s->width * TILE;
+        const int64_t last = u->first / TILE + t;
+        vec most[TILE];
+        _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++)
+            most[r] = (vec)_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), (__mmask16)((2u << r) - 1),
+                                                scores + last * PAIRS + r * TILE);
+        for (int64_t k = 0; k < last; k++)
+            _Pragma("GCC unroll 16") for (int r = 0; r < TILE; r++)
+                most[r] = LARGER(most[r], load(scores + k * PAIRS + r * TILE, 0, 0));
+        store(u->largest, t * TILE, largest_of_each(most) * (half ? u->scale : 1.0f), 0);
+    }
+    memset(u->totals, 0, sizeof u->totals);
+    u->step = u->row = 0;
+}
+
+/* Scores of a unit, and meanwhile the weights of the one before. */
+INLINE void score(int half, const Shape *shape, const Task *task, const There *s, Unit *u, Unit *before) {
+    const int64_t size = shape->size, along = size / DEPTH * planes_of(half), wide = s->width / TILE * PAIRS;
+    const void *from = row_of(row_of(shape->qkv, task->start + u->first, shape->stride, half), u->head, size, half);
+    Meanwhile *some = half ? soften_half : soften_full;
+    float *to = u->scores;
+    pack(half, from, shape->stride, u->count, size, shape->scale, s->queries, 0, 0);
     Sides sides = {s->queries, s->keys, along * SPOT, along * PAIRS, size / DEPTH};
-    for (int64_t key = 0; key < after; key++, sides.right += 2 * along * PAIRS)
-        if (two) multiply(half, ALL, &sides, s->scores + 2 * key * PAIRS, wide, PAIRS, 1);
-        else multiply(half, UPPER, &sides, s->scores + 2 * key * PAIRS, wide, PAIRS, 1);
-    if (two) multiply(half, NOT_UPPER_RIGHT, &sides, s->scores + 2 * after * PAIRS, wide, PAIRS, 1);
-    else multiply(half, FIRST, &sides, s->scores + 2 * after * PAIRS, wide, PAIRS, 1);
+    for (int64_t key = 0; key < u->first; key += DEPTH, sides.right += 2 * along * PAIRS, to += 2 * PAIRS)
+        if (u->count > TILE) multiply(half, ALL, &sides, to, wide, PAIRS, 1, some, before);
+        else multiply(half, UPPER, &sides, to, wide, PAIRS, 1, some, before);
+    if (u->count > TILE) multiply(half, NOT_UPPER_RIGHT, &sides, to, wide, PAIRS, 1, some, before);
+    else multiply(half, FIRST, &sides, to, wide, PAIRS, 1, some, before);
+}
+
+/* What a unit's queries attend to. */
+INLINE void gather(int half, const Job *job, const Task *task, const There *s, Unit *u) {
+    const Shape *shape = job->shape;
+    const int64_t size = shape->size, at = task->start + u->first, wide = s->width / DEPTH * planes_of(half);
+    while (!is_done(u)) soften(half, DEPTH, u);
     float inverse[DEPTH];
-    for (int t = 0; t <= two; t++) {
-        float largest[TILE], logs[TILE];
-        vec total = soften(half, s->scores + t * wide, 2 * after + t + 1, shape->scale,
-                           s->weights + t * steps * planes * SPOT, largest);
-        store(inverse, t * TILE, 1.0f / total, 0);
-        for (int r = 0; r < TILE; r++) logs[r] = largest[r] + logf(total[r]);
-        for (int64_t r = 0; r < least(TILE, count - t * TILE); r++)
-            job->log_sums[head * shape->tokens + at + t * TILE + r] = logs[r];
+    for (int64_t t = 0; t < u->count; t += TILE) {
+        vec totals[TILE];
+        for (int r = 0; r < TILE; r++) totals[r] = load(u->totals[t + r], 0, 0);
+        vec total = sum_of_each(totals);
+        store(inverse, t, 1.0f / total, 0);
+        for (int64_t r = 0; r < least(TILE, u->count - t); r++)
+            job->log_sums[u->head * shape->tokens + at + t + r] = u->largest[t + r] + logf(total[r]);
     }
     for (int64_t e = 0; e < size / TILE; e += 2) {
-        Sides down = {s->weights, s->values + e * steps * planes * PAIRS, steps * planes * SPOT,
-                      steps * planes * PAIRS, after + 1};
-        if (two) multiply(half, ALL, &down, s->sums + e * PAIRS, size / TILE * PAIRS, PAIRS, 1);
-        else multiply(half, UPPER, &down, s->sums + e * PAIRS, size / TILE * PAIRS, PAIRS, 1);
+        const Sides sides = {s->weights, s->values + e * wide * PAIRS, wide * SPOT, wide * PAIRS, u->first / DEPTH + 1};
+        if (u->count > TILE) multiply(half, ALL, &sides, s->sums + e * PAIRS, size * TILE, PAIRS, 1, 0, 0);
+        else multiply(half, UPPER, &sides, s->sums + e * PAIRS, size * TILE, PAIRS, 1, 0, 0);
     }
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < u->count; r++) {
         const float *sums = s->sums + r / TILE * size * TILE + r % TILE * TILE;
-        void *to = row_of(row_of(job->to, at + r, shape->out_stride, half), head, size, half);
+        void *to = row_of(row_of(job->to, at + r, shape->out_stride, half), u->head, size, half);
         for (int64_t e = 0; e < size; e += DEPTH, sums += 2 * PAIRS)
             put_row(half, to, e, load(sums, 0, 0) * inverse[r], load(sums + PAIRS, 0, 0) * inverse[r]);
     }
@@ -101,7 +126,8 @@ INLINE size_t laid_out(int half, const Shape *shape, int64_t width, There *s, ch
     s->width = width;
     s->keys = take(&at, each), s->values = take(&at, each);
     s->queries = take(&at, DEPTH * shape->size * 2 * planes), s->weights = take(&at, DEPTH * width * 2 * planes);
-    s->scores = take(&at, DEPTH * width * 4), s->sums = take(&at, DEPTH * shape->size * 4);
+    s->scores[0] = take(&at, DEPTH * width * 4), s->scores[1] = take(&at, DEPTH * width * 4);
+    s->sums = take(&at, DEPTH * shape->size * 4);
     return (size_t)(at - bytes);
 }
 
@@ -110,11 +136,22 @@ INLINE void task_there(int half, const Job *job, const Task *task, char *bytes) 
     const int64_t size = shape->size, group = shape->heads / shape->keys, key = shape->heads + task->key;
     There s;
     laid_out(half, shape, job->width, &s, bytes);
-    pack_along(half, head_of(shape, task, key), shape->stride, task->length, size, s.keys);
-    pack(half, head_of(shape, task, key + shape->keys), shape->stride, task->length, size, 0, s.values, s.width / DEPTH);
+    pack_along(half, head_of(shape, task, key), shape->stride, task->length, size, 1.0f, s.keys);
+    pack(half, head_of(shape, task, key + shape->keys), shape->stride, task->length, size, 1.0f, 0, s.values,
+         s.width / DEPTH);
     open_tiles();
-    for (int64_t head = task->key * group; head < (task->key + 1) * group; head++)
-        for (int64_t first = 0; first < task->length; first += DEPTH) some_queries(half, job, &s, task, head, first);
+    Unit units[2], none = {.s = &s, .step = 1}, *before = &none;
+    for (int64_t n = 0; n < (task->length + DEPTH - 1) / DEPTH * group; n++) {
+        const int64_t first = n / group * DEPTH;
+        Unit *u = units + n % 2;
+        u->s = &s, u->head = task->key * group + n % group, u->first = first, u->scores = s.scores[n % 2];
+        u->count = least(DEPTH, task->length - first), u->scale = shape->scale;
+        score(half, shape, task, &s, u, before);
+        if (n) gather(half, job, task, &s, before);
+        find_largest(half, u);
+        before = u;
+    }
+    gather(half, job, task, &s, before);
     _tile_release();
 }
 

@@ -16,42 +16,60 @@ typedef struct {
     uint16_t *weights, *slopes;             /* left tiles [2 of keys, queries of a block] */
     uint32_t *slopes_down;                  /* right tiles [queries of a block, pairs of keys] */
     float *key_grads, *value_grads;         /* tiles [keys, size] */
-    float *scores, *dots;                   /* tiles [2 of keys, 2 of queries] */
+    float *scores, *dots;                   /* twice tiles [2 of keys, 2 of queries] */
     float logs[QUERIES], rows[QUERIES];     /* of a block's queries; `rows`: their gradients times what they gave */
     int64_t width;
 } Back;
 
-/* From scores and gradients of weights, the weights and the gradients of scores, for 32 keys and queries. Queries that
+/* What is left to do of `slopes_of` for a block of 32 keys and 32 queries, from the `pair`th of sixteen pairs of keys. */
+typedef struct {
+    const Back *b;
+    int64_t query, pairs_next;
+    const float *scores, *dots;
+    uint32_t *pairs;
+    float scale;
+    int diagonal, down, across, pair;
+} Block;
+
+/* From scores and gradients of weights, the weights and the gradients of scores of two keys and 32 queries. Queries that
  * aren't there have no gradient, so their weights are as good as 0; keys that aren't there come after every query. */
-INLINE void slopes_of(int half, int diagonal, int down, int across, float scale, const Back *b, int64_t query,
-                      uint32_t *pairs, int64_t pairs_next) {
-    const int64_t planes = planes_of(half), next = QUERIES / DEPTH * planes * SPOT, to = query / DEPTH * planes * SPOT;
-    for (int t = 0; t < 2; t++)
-        for (int k = 0; k < TILE; k += 2, pairs += TILE) {
-            uvec weights[2][PIECES], slopes[2][PIECES];
-            for (int i = 0; i < 2; i++) {
-                vec weight[2] = {0}, slope[2] = {0};
-                for (int q = 0; q < 2; q++) {
-                    if ((diagonal && t > q) || t > down || q > across) continue;
-                    const int64_t at = (2 * t + q) * PAIRS + (k + i) * TILE;
-                    __mmask16 seen = diagonal && t == q ? (__mmask16)(0xffffu << (k + i)) : 0xffff;
-                    vec x = load(b->scores + at, 0, 0) * scale - load(b->logs, query + q * TILE, 0);
-                    weight[q] = exponential_seen(half, seen, x);
-                    slope[q] = weight[q] * (load(b->dots + at, 0, 0) - load(b->rows, query + q * TILE, 0));
-                }
-                narrow(half, weight[0], weight[1], weights[i]);
-                narrow(half, slope[0], slope[1], slopes[i]);
-            }
-            for (int p = 0; p < planes; p++) {
-                for (int i = 0; i < 2; i++) {
-                    const int64_t row = to + t * next + p * SPOT + (k + i) * DEPTH;
-                    put_words(weights[i][p], b->weights + row);
-                    put_words(slopes[i][p], b->slopes + row);
-                    if (i <= across) put_words(woven(slopes[0][p], slopes[1][p], i), pairs + i * pairs_next + p * PAIRS);
-                }
-            }
+INLINE void slopes_of(int half, Block *of) {
+    if (of->pair == TILE) return;
+    const Back *b = of->b;
+    const int64_t planes = planes_of(half), to = of->query / DEPTH * planes * SPOT;
+    const int64_t key[2] = {first_of(half, of->pair), second_of(half, of->pair)};
+    vec weights[2][2], slopes[2][2];
+    for (int i = 0; i < 2; i++)
+        for (int q = 0; q < 2; q++) {
+            const int64_t t = key[i] / TILE, k = key[i] % TILE, at = (2 * t + q) * PAIRS + k * TILE;
+            unsigned seen = of->diagonal && t >= q ? t > q ? 0 : 0xffffu << k : 0xffffu;
+            if (t > of->down || q > of->across) seen = 0;
+            vec x = load(of->scores + at, 0, 0) * (half ? of->scale : 1.0f) - load(b->logs, of->query + q * TILE, 0);
+            vec apart = load(of->dots + at, 0, 0) - load(b->rows, of->query + q * TILE, 0);
+            weights[i][q] = exponential_seen(half, (__mmask16)seen, x);
+            slopes[i][q] = (vec)_mm512_maskz_mul_ps((__mmask16)seen, (__m512)weights[i][q], (__m512)apart);
         }
+    uvec rows[2][PIECES], pairs[2][PIECES];
+    for (int i = 0; i < 2; i++) {
+        const int64_t row = to + key[i] / TILE * (QUERIES / DEPTH * planes * SPOT) + key[i] % TILE * DEPTH;
+        planes_of_row(half, weights[i][0], weights[i][1], rows[i]);
+        for (int p = 0; p < planes; p++) put_words(rows[i][p], b->weights + row + p * SPOT);
+    }
+    planes_of_two(half, slopes, rows, pairs);
+    for (int i = 0; i < 2; i++) {
+        const int64_t row = to + key[i] / TILE * (QUERIES / DEPTH * planes * SPOT) + key[i] % TILE * DEPTH;
+        for (int p = 0; p < planes; p++) put_words(rows[i][p], b->slopes + row + p * SPOT);
+        for (int p = 0; p < planes && i <= of->across; p++)
+            put_words(pairs[i][p], of->pairs + i * of->pairs_next + p * PAIRS + of->pair * TILE);
+    }
+    of->pair++;
 }
+
+/* As much of it as fits beside four products of tiles. */
+static __attribute__((noinline)) void slopes_of_half(void *block) {
+    for (int i = 0; i < 4; i++) slopes_of(1, block);
+}
+static __attribute__((noinline)) void slopes_of_full(void *block) { slopes_of(0, block); }
 
 /* 32 keys with all of a block's queries that see them. */
 INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first, int64_t count, int64_t key, int down,
@@ -59,32 +77,39 @@ INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first
     const int64_t planes = planes_of(half), size = shape->size, along = size / DEPTH * planes;
     const int64_t from = key > first ? key - first : 0, block = QUERIES / DEPTH * planes;
     const int64_t pairs_next = b->width / DEPTH * planes * PAIRS;
+    Meanwhile *some_slopes = half ? slopes_of_half : slopes_of_full;
+    Block blocks[2] = {{.pair = TILE}, {.pair = TILE}}, *last = blocks;
     for (int64_t q = from; q < count; q += DEPTH) {
         const int64_t left = key / TILE * along * SPOT, right = q / TILE * along * PAIRS;
         const Sides scores = {b->keys + left, b->queries_along + right, along * SPOT, along * PAIRS, size / DEPTH};
         const Sides dots = {b->values + left, b->grads_along + right, along * SPOT, along * PAIRS, size / DEPTH};
-        uint32_t *pairs = b->slopes_down + q / TILE * pairs_next + key / DEPTH * planes * PAIRS;
-#define MAKE(which, diagonal, down, across)                                                                 \
+        const int64_t turn = q / DEPTH % 2;
+        float *to = b->scores + turn * 4 * PAIRS, *to_dots = b->dots + turn * 4 * PAIRS;
+        const int two = count - q > TILE, diagonal = key == first + q;
+#define MAKE(which)                                                                                         \
     do {                                                                                                    \
-        multiply(half, which, &scores, b->scores, 2 * PAIRS, PAIRS, 1);                                     \
-        multiply(half, which, &dots, b->dots, 2 * PAIRS, PAIRS, 1);                                         \
-        slopes_of(half, diagonal, down, across, shape->scale, b, q, pairs, pairs_next);                     \
+        multiply(half, which, &scores, to, 2 * PAIRS, PAIRS, 1, some_slopes, last);                         \
+        multiply(half, which, &dots, to_dots, 2 * PAIRS, PAIRS, 1, some_slopes, last);                      \
     } while (0)
-        const int two = count - q > TILE;
-        if (key < first + q && two) MAKE(ALL, 0, 1, 1);
-        else if (key < first + q) MAKE(LEFT, 0, 1, 0);
-        else if (two) MAKE(NOT_LOWER_LEFT, 1, 1, 1);
-        else MAKE(FIRST, 1, 0, 0);
+        if (!diagonal && two) MAKE(ALL);
+        else if (!diagonal) MAKE(LEFT);
+        else if (two) MAKE(NOT_LOWER_LEFT);
+        else MAKE(FIRST);
+        while (last->pair < TILE) some_slopes(last);
+        last = blocks + turn;
+        *last = (Block){b, q, pairs_next, to, to_dots, b->slopes_down + q / TILE * pairs_next + key / DEPTH * planes * PAIRS,
+                        shape->scale, diagonal, down, two, 0};
     }
+    while (last->pair < TILE) some_slopes(last);
     for (int64_t e = 0; e < size / TILE; e += 2) {
         const int64_t left = from / DEPTH * planes * SPOT, right = (e * block + from / DEPTH * planes) * PAIRS;
         const int64_t steps = (count - from + DEPTH - 1) / DEPTH, to = (key * size / TILE + e * TILE) * TILE;
         const Sides values = {b->weights + left, b->grads + right, block * SPOT, block * PAIRS, steps};
         const Sides keys = {b->slopes + left, b->queries + right, block * SPOT, block * PAIRS, steps};
-        if (down) multiply(half, ALL, &values, b->value_grads + to, size * TILE, PAIRS, fresh);
-        else multiply(half, UPPER, &values, b->value_grads + to, size * TILE, PAIRS, fresh);
-        if (down) multiply(half, ALL, &keys, b->key_grads + to, size * TILE, PAIRS, fresh);
-        else multiply(half, UPPER, &keys, b->key_grads + to, size * TILE, PAIRS, fresh);
+        if (down) multiply(half, ALL, &values, b->value_grads + to, size * TILE, PAIRS, fresh, 0, 0);
+        else multiply(half, UPPER, &values, b->value_grads + to, size * TILE, PAIRS, fresh, 0, 0);
+        if (down) multiply(half, ALL, &keys, b->key_grads + to, size * TILE, PAIRS, fresh, 0, 0);
+        else multiply(half, UPPER, &keys, b->key_grads + to, size * TILE, PAIRS, fresh, 0, 0);
     }
 }
 
@@ -94,8 +119,8 @@ INLINE void query_grads(int half, const Shape *shape, const Back *b, int64_t ste
     for (int64_t e = 0; e < shape->size / TILE; e += 2) {
         const Sides sides = {(const uint16_t *)(b->keys_down + e * wide * PAIRS),
                              b->slopes_down + query / TILE * wide * PAIRS, wide * SPOT, wide * PAIRS, steps};
-        if (count > TILE) multiply(half, ALL, &sides, b->scores, 2 * PAIRS, PAIRS, 1);
-        else multiply(half, LEFT, &sides, b->scores, 2 * PAIRS, PAIRS, 1);
+        if (count > TILE) multiply(half, ALL, &sides, b->scores, 2 * PAIRS, PAIRS, 1, 0, 0);
+        else multiply(half, LEFT, &sides, b->scores, 2 * PAIRS, PAIRS, 1, 0, 0);
         for (int64_t q = 0; q < count; q += TILE) {
             vec one[TILE], two[TILE];
             const float *tile = b->scores + q * TILE;
@@ -134,10 +159,10 @@ INLINE void head_back(int half, const Job *job, Back *b, const Task *task, int64
         const void *out = row_of(row_of(job->out, at, shape->out_stride, half), head, size, half);
         const void *grad = row_of(row_of(job->grad, at, shape->grad_stride, half), head, size, half);
         const void *queries = row_of(row_of(shape->qkv, at, shape->stride, half), head, size, half);
-        pack_along(half, queries, shape->stride, count, size, b->queries_along);
-        pack_along(half, grad, shape->grad_stride, count, size, b->grads_along);
-        pack(half, queries, shape->stride, count, size, 0, b->queries, QUERIES / DEPTH);
-        pack(half, grad, shape->grad_stride, count, size, 0, b->grads, QUERIES / DEPTH);
+        pack_along(half, queries, shape->stride, count, size, shape->scale, b->queries_along);
+        pack_along(half, grad, shape->grad_stride, count, size, 1.0f, b->grads_along);
+        pack(half, queries, shape->stride, count, size, shape->scale, 0, b->queries, QUERIES / DEPTH);
+        pack(half, grad, shape->grad_stride, count, size, 1.0f, 0, b->grads, QUERIES / DEPTH);
         facts_of(half, shape, b, count, out, grad, job->log_sums + head * shape->tokens + at);
         for (int64_t key = 0; key < first + count; key += DEPTH)
             some_keys(half, shape, b, first, count, key, task->length - key > TILE, fresh && key >= first);
@@ -166,7 +191,7 @@ INLINE size_t laid_out(int half, const Shape *shape, int64_t width, Back *b, cha
     b->queries = take(&at, few), b->grads = take(&at, few);
     b->weights = take(&at, strip), b->slopes = take(&at, strip), b->slopes_down = take(&at, width * QUERIES * 2 * planes);
     b->key_grads = take(&at, width * size * 4), b->value_grads = take(&at, width * size * 4);
-    b->scores = take(&at, 4 * PAIRS * 4), b->dots = take(&at, 4 * PAIRS * 4);
+    b->scores = take(&at, 8 * PAIRS * 4), b->dots = take(&at, 8 * PAIRS * 4);
     return (size_t)(at - bytes);
 }
 
@@ -176,16 +201,16 @@ INLINE void task_back(int half, const Job *job, const Task *task, char *bytes) {
     const int64_t key = shape->heads + task->key, value = key + shape->keys;
     Back b;
     laid_out(half, shape, job->width, &b, bytes);
-    pack(half, head_of(shape, task, key), shape->stride, task->length, size, b.keys, b.keys_down, steps);
+    pack(half, head_of(shape, task, key), shape->stride, task->length, size, 1.0f, b.keys, b.keys_down, steps);
     for (int64_t e = 0; e < size / TILE; e++)
         turn_tiles(whole(task->length, DEPTH) / DEPTH * planes_of(half),
                    b.keys_down + e * steps * planes_of(half) * PAIRS);
-    pack(half, head_of(shape, task, value), shape->stride, task->length, size, b.values, 0, 0);
+    pack(half, head_of(shape, task, value), shape->stride, task->length, size, 1.0f, b.values, 0, 0);
     open_tiles();
     for (int64_t head = 0; head < group; head++) head_back(half, job, &b, task, task->key * group + head, head == 0);
     _tile_release();
     void *to = row_of(job->to, task->start, shape->stride, half);
-    put_grads(half, shape, b.key_grads, task->length, shape->scale, row_of(to, key, size, half));
+    put_grads(half, shape, b.key_grads, task->length, half ? shape->scale : 1.0f, row_of(to, key, size, half));
     put_grads(half, shape, b.value_grads, task->length, 1.0f, row_of(to, value, size, half));
 }
 
