@@ -57,7 +57,6 @@ INLINE void soften(int half, int rows, Unit *u) {
 }
 
 /* As much of it as fits beside four products of tiles. */
-static __attribute__((noinline)) void soften_half(void *unit) { soften(1, 16, unit); }
 static __attribute__((noinline)) void soften_full(void *unit) { soften(0, 3, unit); }
 
 /* The largest score of each query; the last tile is on the diagonal. */
@@ -82,7 +81,7 @@ INLINE void find_largest(int half, Unit *u) {
 INLINE void score(int half, const Shape *shape, const Task *task, const There *s, Unit *u, Unit *before) {
     const int64_t size = shape->size, along = size / DEPTH * planes_of(half), wide = s->width / TILE * PAIRS;
     const void *from = row_of(row_of(shape->qkv, task->start + u->first, shape->stride, half), u->head, size, half);
-    Meanwhile *some = half ? soften_half : soften_full;
+    Meanwhile *some = half ? 0 : soften_full;
     float *to = u->scores;
     pack(half, from, shape->stride, u->count, size, shape->scale, s->queries, 0, 0);
     Sides sides = {s->queries, s->keys, along * SPOT, along * PAIRS, size / DEPTH};
@@ -97,7 +96,7 @@ INLINE void score(int half, const Shape *shape, const Task *task, const There *s
 INLINE void gather(int half, const Job *job, const Task *task, const There *s, Unit *u) {
     const Shape *shape = job->shape;
     const int64_t size = shape->size, at = task->start + u->first, wide = s->width / DEPTH * planes_of(half);
-    while (!is_done(u)) soften(half, DEPTH, u);
+    while (!is_done(u)) soften(half, TILE, u);
     float inverse[DEPTH];
     for (int64_t t = 0; t < u->count; t += TILE) {
         vec totals[TILE];

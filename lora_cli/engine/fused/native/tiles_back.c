@@ -66,9 +66,6 @@ INLINE void slopes_of(int half, Block *of) {
 }
 
 /* As much of it as fits beside four products of tiles. */
-static __attribute__((noinline)) void slopes_of_half(void *block) {
-    for (int i = 0; i < 4; i++) slopes_of(1, block);
-}
 static __attribute__((noinline)) void slopes_of_full(void *block) { slopes_of(0, block); }
 
 /* 32 keys with all of a block's queries that see them. */
@@ -77,7 +74,7 @@ INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first
     const int64_t planes = planes_of(half), size = shape->size, along = size / DEPTH * planes;
     const int64_t from = key > first ? key - first : 0, block = QUERIES / DEPTH * planes;
     const int64_t pairs_next = b->width / DEPTH * planes * PAIRS;
-    Meanwhile *some_slopes = half ? slopes_of_half : slopes_of_full;
+    Meanwhile *some_slopes = half ? 0 : slopes_of_full;
     Block blocks[2] = {{.pair = TILE}, {.pair = TILE}}, *last = blocks;
     for (int64_t q = from; q < count; q += DEPTH) {
         const int64_t left = key / TILE * along * SPOT, right = q / TILE * along * PAIRS;
@@ -95,12 +92,12 @@ INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first
         else if (!diagonal) MAKE(LEFT);
         else if (two) MAKE(NOT_LOWER_LEFT);
         else MAKE(FIRST);
-        while (last->pair < TILE) some_slopes(last);
+        while (last->pair < TILE) slopes_of(half, last);
         last = blocks + turn;
         *last = (Block){b, q, pairs_next, to, to_dots, b->slopes_down + q / TILE * pairs_next + key / DEPTH * planes * PAIRS,
                         shape->scale, diagonal, down, two, 0};
     }
-    while (last->pair < TILE) some_slopes(last);
+    while (last->pair < TILE) slopes_of(half, last);
     for (int64_t e = 0; e < size / TILE; e += 2) {
         const int64_t left = from / DEPTH * planes * SPOT, right = (e * block + from / DEPTH * planes) * PAIRS;
         const int64_t steps = (count - from + DEPTH - 1) / DEPTH, to = (key * size / TILE + e * TILE) * TILE;
