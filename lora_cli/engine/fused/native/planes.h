@@ -69,6 +69,13 @@ INLINE void planes_of_two(int half, vec values[2][2], uvec rows[2][PIECES], uvec
 
 INLINE void put_words(uvec words, void *to) { *(vec_at *)to = (vec)words; }
 
+/* Asks for rows [count, size] that come next, or are written next: a head's rows are apart, which no prefetcher sees. */
+INLINE void touch(int half, int written, const void *from, int64_t stride, int64_t count, int64_t size) {
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t byte = 0; byte < size * (half ? 2 : 4); byte += 64)
+            __builtin_prefetch((const char *)row_of(from, t, stride, half) + byte, written, 3);
+}
+
 /* Rows [count, size], times `factor` if they are float32, as left tiles of 16 rows, as right tiles of pairs of rows, or
  * both; 0 from `count` to the end of a step of 32 rows. `steps`: of such, from one right tile to the next. */
 INLINE void pack(int half, const void *from, int64_t stride, int64_t count, int64_t size, float factor, uint16_t *rows,

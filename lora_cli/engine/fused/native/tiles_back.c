@@ -148,6 +148,15 @@ INLINE void facts_of(int half, const Shape *shape, Back *b, int64_t count, const
     memcpy(b->logs, log_sums, (size_t)count * sizeof(float));
 }
 
+/* Asks for a block's rows. */
+INLINE void touch_block(int half, const Job *job, const Task *task, int64_t head, int64_t first) {
+    const Shape *shape = job->shape;
+    const int64_t size = shape->size, at = task->start + first, count = least(QUERIES, task->length - first);
+    touch(half, 0, row_of(row_of(shape->qkv, at, shape->stride, half), head, size, half), shape->stride, count, size);
+    touch(half, 0, row_of(row_of(job->grad, at, shape->grad_stride, half), head, size, half), shape->grad_stride, count, size);
+    touch(half, 0, row_of(row_of(job->out, at, shape->out_stride, half), head, size, half), shape->out_stride, count, size);
+}
+
 INLINE void head_back(int half, const Job *job, Back *b, const Task *task, int64_t head, int fresh) {
     const Shape *shape = job->shape;
     const int64_t size = shape->size;
@@ -161,6 +170,9 @@ INLINE void head_back(int half, const Job *job, Back *b, const Task *task, int64
         pack(half, queries, shape->stride, count, size, shape->scale, 0, b->queries, QUERIES / DEPTH);
         pack(half, grad, shape->grad_stride, count, size, 1.0f, 0, b->grads, QUERIES / DEPTH);
         facts_of(half, shape, b, count, out, grad, job->log_sums + head * shape->tokens + at);
+        if (first + QUERIES < task->length) touch_block(half, job, task, head, first + QUERIES);
+        else touch_block(half, job, task, head + 1, 0);
+        touch(half, 1, row_of(row_of(job->to, at, shape->stride, half), head, size, half), shape->stride, count, size);
         for (int64_t key = 0; key < first + count; key += DEPTH)
             some_keys(half, shape, b, first, count, key, task->length - key > TILE, fresh && key >= first);
         for (int64_t q = 0; q < count; q += DEPTH)
@@ -198,6 +210,9 @@ INLINE void task_back(int half, const Job *job, const Task *task, char *bytes) {
     const int64_t key = shape->heads + task->key, value = key + shape->keys;
     Back b;
     laid_out(half, shape, job->width, &b, bytes);
+    touch(half, 0, head_of(shape, task, key), shape->stride, task->length, size);
+    touch(half, 0, head_of(shape, task, value), shape->stride, task->length, size);
+    touch_block(half, job, task, task->key * group, 0);
     pack(half, head_of(shape, task, key), shape->stride, task->length, size, 1.0f, b.keys, b.keys_down, steps);
     for (int64_t e = 0; e < size / TILE; e++)
         turn_tiles(whole(task->length, DEPTH) / DEPTH * planes_of(half),
