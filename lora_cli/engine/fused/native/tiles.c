@@ -32,22 +32,22 @@ typedef struct {
 
 INLINE int is_done(const Unit *u) { return u->step > u->first / DEPTH; }
 
-/* Weights e^(score - largest) of `rows` queries and 32 keys, in left tiles, and their sums. */
+/* Weights 2^(score - largest) of `rows` queries and 32 keys, in left tiles, and their sums. */
 INLINE void soften(int half, int rows, Unit *u) {
     const int64_t planes = planes_of(half), wide = u->s->width / DEPTH * planes * SPOT, last = u->first / DEPTH;
     for (int n = 0; n < rows && !is_done(u); n++) {
         const int64_t t = u->row / TILE, r = u->row % TILE;
         const float *from = u->scores + (t * u->s->width + u->step * DEPTH) * TILE + r * TILE;
         uint16_t *to = u->s->weights + t * wide + u->step * planes * SPOT + r * DEPTH;
-        __mmask16 first = 0xffff, second = 0xffff;
-        if (u->step == last) {
-            __mmask16 seen = (__mmask16)((2u << r) - 1);
-            first = t ? first : seen, second = t ? seen : 0;
-        }
         vec one = load(from, 0, 0), two = load(from + PAIRS, 0, 0);
         if (half) one *= u->scale, two *= u->scale;
-        one = exponential_seen(half, first, one - u->largest[u->row]);
-        two = exponential_seen(half, second, two - u->largest[u->row]);
+        one -= u->largest[u->row], two -= u->largest[u->row];
+        if (u->step < last) {
+            one = power_of_two(half, 0xffff, one), two = power_of_two(half, 0xffff, two);
+        } else {
+            const __mmask16 seen = (__mmask16)((2u << r) - 1);
+            one = power_of_two(half, t ? 0xffff : seen, one), two = power_of_two(half, t ? seen : 0, two);
+        }
         store(u->totals[u->row], 0, load(u->totals[u->row], 0, 0) + (one + two), 0);
         uvec row[PIECES];
         planes_of_row(half, one, two, row);
@@ -83,7 +83,7 @@ INLINE void score(int half, const Shape *shape, const Task *task, const There *s
     const void *from = row_of(row_of(shape->qkv, task->start + u->first, shape->stride, half), u->head, size, half);
     Meanwhile *some = half ? 0 : soften_full;
     float *to = u->scores;
-    pack(half, from, shape->stride, u->count, size, shape->scale, s->queries, 0, 0);
+    pack(half, from, shape->stride, u->count, size, shape->scale * LOG2_E, s->queries, 0, 0);
     Sides sides = {s->queries, s->keys, along * SPOT, along * PAIRS, size / DEPTH};
     for (int64_t key = 0; key < u->first; key += DEPTH, sides.right += 2 * along * PAIRS, to += 2 * PAIRS)
         if (u->count > TILE) multiply(half, ALL, &sides, to, wide, PAIRS, 1, some, before);
@@ -104,7 +104,7 @@ INLINE void gather(int half, const Job *job, const Task *task, const There *s, U
         vec total = sum_of_each(totals);
         store(inverse, t, 1.0f / total, 0);
         for (int64_t r = 0; r < least(TILE, u->count - t); r++)
-            job->log_sums[u->head * shape->tokens + at + t + r] = u->largest[t + r] + logf(total[r]);
+            job->log_sums[u->head * shape->tokens + at + t + r] = u->largest[t + r] + log2f(total[r]);
     }
     for (int64_t e = 0; e < size / TILE; e += 2) {
         const Sides sides = {s->weights, s->values + e * wide * PAIRS, wide * SPOT, wide * PAIRS, u->first / DEPTH + 1};
@@ -138,20 +138,20 @@ INLINE void task_there(int half, const Job *job, const Task *task, char *bytes) 
     pack_along(half, head_of(shape, task, key), shape->stride, task->length, size, 1.0f, s.keys);
     pack(half, head_of(shape, task, key + shape->keys), shape->stride, task->length, size, 1.0f, 0, s.values,
          s.width / DEPTH);
-    open_tiles();
+    const unsigned before_us = enter();
     Unit units[2], none = {.s = &s, .step = 1}, *before = &none;
     for (int64_t n = 0; n < (task->length + DEPTH - 1) / DEPTH * group; n++) {
         const int64_t first = n / group * DEPTH;
         Unit *u = units + n % 2;
         u->s = &s, u->head = task->key * group + n % group, u->first = first, u->scores = s.scores[n % 2];
-        u->count = least(DEPTH, task->length - first), u->scale = shape->scale;
+        u->count = least(DEPTH, task->length - first), u->scale = shape->scale * LOG2_E;
         score(half, shape, task, &s, u, before);
         if (n) gather(half, job, task, &s, before);
         find_largest(half, u);
         before = u;
     }
     gather(half, job, task, &s, before);
-    _tile_release();
+    leave(before_us);
 }
 
 static void task_of_half(const void *job, const Task *task, char *bytes) { task_there(1, job, task, bytes); }

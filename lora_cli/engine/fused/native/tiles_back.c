@@ -28,25 +28,30 @@ typedef struct {
     const float *scores, *dots;
     uint32_t *pairs;
     float scale;
-    int diagonal, down, across, pair;
+    int whole, diagonal, down, across, pair;
 } Block;
 
 /* From scores and gradients of weights, the weights and the gradients of scores of two keys and 32 queries. Queries that
  * aren't there have no gradient, so their weights are as good as 0; keys that aren't there come after every query. */
-INLINE void slopes_of(int half, Block *of) {
+INLINE void slopes_of(int half, int whole, Block *of) {
     if (of->pair == TILE) return;
     const Back *b = of->b;
     const int64_t planes = planes_of(half), to = of->query / DEPTH * planes * SPOT;
-    const int64_t key[2] = {first_of(half, of->pair), second_of(half, of->pair)};
+    const int key[2] = {(int)first_of(half, of->pair), (int)second_of(half, of->pair)};
     vec weights[2][2], slopes[2][2];
     for (int i = 0; i < 2; i++)
         for (int q = 0; q < 2; q++) {
-            const int64_t t = key[i] / TILE, k = key[i] % TILE, at = (2 * t + q) * PAIRS + k * TILE;
-            unsigned seen = of->diagonal && t >= q ? t > q ? 0 : 0xffffu << k : 0xffffu;
-            if (t > of->down || q > of->across) seen = 0;
+            const int t = !half ? i : key[i] / TILE, k = !half ? of->pair : key[i] % TILE, at = (2 * t + q) * PAIRS + k * TILE;
             vec x = load(of->scores + at, 0, 0) * (half ? of->scale : 1.0f) - load(b->logs, of->query + q * TILE, 0);
             vec apart = load(of->dots + at, 0, 0) - load(b->rows, of->query + q * TILE, 0);
-            weights[i][q] = exponential_seen(half, (__mmask16)seen, x);
+            if (whole) {
+                weights[i][q] = power_of_two(half, 0xffff, x);
+                slopes[i][q] = weights[i][q] * apart;
+                continue;
+            }
+            unsigned seen = of->diagonal && t >= q ? t > q ? 0 : 0xffffu << k : 0xffffu;
+            if (t > of->down || q > of->across) seen = 0;
+            weights[i][q] = power_of_two(half, (__mmask16)seen, x);
             slopes[i][q] = (vec)_mm512_maskz_mul_ps((__mmask16)seen, (__m512)weights[i][q], (__m512)apart);
         }
     uvec rows[2][PIECES], pairs[2][PIECES];
@@ -55,18 +60,28 @@ INLINE void slopes_of(int half, Block *of) {
         planes_of_row(half, weights[i][0], weights[i][1], rows[i]);
         for (int p = 0; p < planes; p++) put_words(rows[i][p], b->weights + row + p * SPOT);
     }
-    planes_of_two(half, slopes, rows, pairs);
+    planes_of_two(half, 1, slopes, rows, pairs);
     for (int i = 0; i < 2; i++) {
         const int64_t row = to + key[i] / TILE * (QUERIES / DEPTH * planes * SPOT) + key[i] % TILE * DEPTH;
         for (int p = 0; p < planes; p++) put_words(rows[i][p], b->slopes + row + p * SPOT);
-        for (int p = 0; p < planes && i <= of->across; p++)
+        for (int p = 0; p < planes && (whole || i <= of->across); p++)
             put_words(pairs[i][p], of->pairs + i * of->pairs_next + p * PAIRS + of->pair * TILE);
     }
     of->pair++;
 }
 
 /* As much of it as fits beside four products of tiles. */
-static __attribute__((noinline)) void slopes_of_full(void *block) { slopes_of(0, block); }
+static __attribute__((noinline)) void slopes_of_full(void *given) {
+    Block *block = given;
+    if (block->whole) slopes_of(0, 1, block);
+    else slopes_of(0, 0, block);
+}
+
+INLINE void finish(int half, Block *block) {
+    while (block->pair < TILE)
+        if (block->whole) slopes_of(half, 1, block);
+        else slopes_of(half, 0, block);
+}
 
 /* 32 keys with all of a block's queries that see them. */
 INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first, int64_t count, int64_t key, int down,
@@ -92,12 +107,12 @@ INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first
         else if (!diagonal) MAKE(LEFT);
         else if (two) MAKE(NOT_LOWER_LEFT);
         else MAKE(FIRST);
-        while (last->pair < TILE) slopes_of(half, last);
+        finish(half, last);
         last = blocks + turn;
         *last = (Block){b, q, pairs_next, to, to_dots, b->slopes_down + q / TILE * pairs_next + key / DEPTH * planes * PAIRS,
-                        shape->scale, diagonal, down, two, 0};
+                        shape->scale * LOG2_E, !diagonal && two, diagonal, down, two, 0};
     }
-    while (last->pair < TILE) slopes_of(half, last);
+    finish(half, last);
     for (int64_t e = 0; e < size / TILE; e += 2) {
         const int64_t left = from / DEPTH * planes * SPOT, right = (e * block + from / DEPTH * planes) * PAIRS;
         const int64_t steps = (count - from + DEPTH - 1) / DEPTH, to = (key * size / TILE + e * TILE) * TILE;
@@ -165,9 +180,9 @@ INLINE void head_back(int half, const Job *job, Back *b, const Task *task, int64
         const void *out = row_of(row_of(job->out, at, shape->out_stride, half), head, size, half);
         const void *grad = row_of(row_of(job->grad, at, shape->grad_stride, half), head, size, half);
         const void *queries = row_of(row_of(shape->qkv, at, shape->stride, half), head, size, half);
-        pack_along(half, queries, shape->stride, count, size, shape->scale, b->queries_along);
+        pack_along(half, queries, shape->stride, count, size, shape->scale * LOG2_E, b->queries_along);
         pack_along(half, grad, shape->grad_stride, count, size, 1.0f, b->grads_along);
-        pack(half, queries, shape->stride, count, size, shape->scale, 0, b->queries, QUERIES / DEPTH);
+        pack(half, queries, shape->stride, count, size, shape->scale * LOG2_E, 0, b->queries, QUERIES / DEPTH);
         pack(half, grad, shape->grad_stride, count, size, 1.0f, 0, b->grads, QUERIES / DEPTH);
         facts_of(half, shape, b, count, out, grad, job->log_sums + head * shape->tokens + at);
         if (first + QUERIES < task->length) touch_block(half, job, task, head, first + QUERIES);
@@ -218,11 +233,11 @@ INLINE void task_back(int half, const Job *job, const Task *task, char *bytes) {
         turn_tiles(whole(task->length, DEPTH) / DEPTH * planes_of(half),
                    b.keys_down + e * steps * planes_of(half) * PAIRS);
     pack(half, head_of(shape, task, value), shape->stride, task->length, size, 1.0f, b.values, 0, 0);
-    open_tiles();
+    const unsigned before = enter();
     for (int64_t head = 0; head < group; head++) head_back(half, job, &b, task, task->key * group + head, head == 0);
-    _tile_release();
+    leave(before);
     void *to = row_of(job->to, task->start, shape->stride, half);
-    put_grads(half, shape, b.key_grads, task->length, half ? shape->scale : 1.0f, row_of(to, key, size, half));
+    put_grads(half, shape, b.key_grads, task->length, half ? shape->scale : LN_2, row_of(to, key, size, half));
     put_grads(half, shape, b.value_grads, task->length, 1.0f, row_of(to, value, size, half));
 }
 
