@@ -81,11 +81,22 @@ INLINE void planes_of_two(int half, int cut, vec values[2][2], uvec rows[2][PIEC
 
 INLINE void put_words(uvec words, void *to) { *(vec_at *)to = (vec)words; }
 
-/* Asks for rows [count, size] that come next, or are written next: a head's rows are apart, which no prefetcher sees. */
-INLINE void touch(int half, int written, const void *from, int64_t stride, int64_t count, int64_t size) {
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t byte = 0; byte < size * (half ? 2 : 4); byte += 64)
-            __builtin_prefetch((const char *)row_of(from, t, stride, half) + byte, written, 3);
+/* Rows that will be read, or written, soon: a head's are apart, which no prefetcher sees. They are asked for a few at a
+ * time, beside what is computed meanwhile. */
+typedef struct {
+    const void *read[3], *written;
+    int64_t read_stride[3], written_stride, done, count, each;
+} Ahead;
+
+INLINE void look_ahead(int half, Ahead *a, int64_t size) {
+    const int64_t end = least(a->count, a->done + a->each), bytes = size * (half ? 2 : 4);
+    for (; a->done < end; a->done++)
+        for (int64_t at = 0; at < bytes; at += 64) {
+            for (int i = 0; i < 3; i++)
+                if (a->read[i]) __builtin_prefetch((const char *)row_of(a->read[i], a->done, a->read_stride[i], half) + at);
+            if (a->written)
+                __builtin_prefetch((const char *)row_of(a->written, a->done, a->written_stride, half) + at, 1);
+        }
 }
 
 /* Rows [count, size], times `factor` if they are float32, as left tiles of 16 rows, as right tiles of pairs of rows, or

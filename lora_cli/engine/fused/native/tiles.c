@@ -78,16 +78,23 @@ INLINE void find_largest(int half, Unit *u) {
 }
 
 /* Scores of a unit, and meanwhile the weights of the one before. */
-INLINE void score(int half, const Shape *shape, const Task *task, const There *s, Unit *u, Unit *before) {
+INLINE void score(int half, const Job *job, const Task *task, const There *s, Unit *u, Unit *before, const void *next) {
+    const Shape *shape = job->shape;
     const int64_t size = shape->size, along = size / DEPTH * planes_of(half), wide = s->width / TILE * PAIRS;
     const void *from = row_of(row_of(shape->qkv, task->start + u->first, shape->stride, half), u->head, size, half);
+    Ahead ahead = {{next},
+                   row_of(row_of(job->to, task->start + u->first, shape->out_stride, half), u->head, size, half),
+                   {shape->stride}, shape->out_stride, 0, DEPTH, DEPTH / (u->first / DEPTH + 1) + 1};
     Meanwhile *some = half ? 0 : soften_full;
     float *to = u->scores;
     pack(half, from, shape->stride, u->count, size, shape->scale * LOG2_E, s->queries, 0, 0);
     Sides sides = {s->queries, s->keys, along * SPOT, along * PAIRS, size / DEPTH};
-    for (int64_t key = 0; key < u->first; key += DEPTH, sides.right += 2 * along * PAIRS, to += 2 * PAIRS)
+    for (int64_t key = 0; key < u->first; key += DEPTH, sides.right += 2 * along * PAIRS, to += 2 * PAIRS) {
+        look_ahead(half, &ahead, size);
         if (u->count > TILE) multiply(half, ALL, &sides, to, wide, PAIRS, 1, some, before);
         else multiply(half, UPPER, &sides, to, wide, PAIRS, 1, some, before);
+    }
+    look_ahead(half, &ahead, size);
     if (u->count > TILE) multiply(half, NOT_UPPER_RIGHT, &sides, to, wide, PAIRS, 1, some, before);
     else multiply(half, FIRST, &sides, to, wide, PAIRS, 1, some, before);
 }
@@ -145,7 +152,9 @@ INLINE void task_there(int half, const Job *job, const Task *task, char *bytes) 
         Unit *u = units + n % 2;
         u->s = &s, u->head = task->key * group + n % group, u->first = first, u->scores = s.scores[n % 2];
         u->count = least(DEPTH, task->length - first), u->scale = shape->scale * LOG2_E;
-        score(half, shape, task, &s, u, before);
+        const int64_t later = (n + 1) / group * DEPTH;
+        score(half, job, task, &s, u, before,
+              row_of(head_of(shape, task, task->key * group + (n + 1) % group), later, shape->stride, half));
         if (n) gather(half, job, task, &s, before);
         find_largest(half, u);
         before = u;

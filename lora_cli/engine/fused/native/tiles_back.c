@@ -85,7 +85,7 @@ INLINE void finish(int half, Block *block) {
 
 /* 32 keys with all of a block's queries that see them. */
 INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first, int64_t count, int64_t key, int down,
-                      int fresh) {
+                      int fresh, Ahead *ahead) {
     const int64_t planes = planes_of(half), size = shape->size, along = size / DEPTH * planes;
     const int64_t from = key > first ? key - first : 0, block = QUERIES / DEPTH * planes;
     const int64_t pairs_next = b->width / DEPTH * planes * PAIRS;
@@ -96,6 +96,7 @@ INLINE void some_keys(int half, const Shape *shape, const Back *b, int64_t first
         const Sides scores = {b->keys + left, b->queries_along + right, along * SPOT, along * PAIRS, size / DEPTH};
         const Sides dots = {b->values + left, b->grads_along + right, along * SPOT, along * PAIRS, size / DEPTH};
         const int64_t turn = q / DEPTH % 2;
+        look_ahead(half, ahead, size);
         float *to = b->scores + turn * 4 * PAIRS, *to_dots = b->dots + turn * 4 * PAIRS;
         const int two = count - q > TILE, diagonal = key == first + q;
 #define MAKE(which)                                                                                         \
@@ -163,13 +164,19 @@ INLINE void facts_of(int half, const Shape *shape, Back *b, int64_t count, const
     memcpy(b->logs, log_sums, (size_t)count * sizeof(float));
 }
 
-/* Asks for a block's rows. */
-INLINE void touch_block(int half, const Job *job, const Task *task, int64_t head, int64_t first) {
+/* The rows of the block that comes next, and those that this one's gradients go to. */
+INLINE Ahead ahead_of(int half, const Job *job, const Task *task, int64_t head, int64_t first) {
     const Shape *shape = job->shape;
-    const int64_t size = shape->size, at = task->start + first, count = least(QUERIES, task->length - first);
-    touch(half, 0, row_of(row_of(shape->qkv, at, shape->stride, half), head, size, half), shape->stride, count, size);
-    touch(half, 0, row_of(row_of(job->grad, at, shape->grad_stride, half), head, size, half), shape->grad_stride, count, size);
-    touch(half, 0, row_of(row_of(job->out, at, shape->out_stride, half), head, size, half), shape->out_stride, count, size);
+    const int64_t size = shape->size, count = least(QUERIES, task->length - first), blocks = (count + DEPTH - 1) / DEPTH;
+    const int more = first + QUERIES < task->length;
+    const int64_t next = task->start + (more ? first + QUERIES : 0), column = head + !more;
+    return (Ahead){
+        {row_of(row_of(shape->qkv, next, shape->stride, half), column, size, half),
+         row_of(row_of(job->grad, next, shape->grad_stride, half), column, size, half),
+         row_of(row_of(job->out, next, shape->out_stride, half), column, size, half)},
+        row_of(row_of(job->to, task->start + first, shape->stride, half), head, size, half),
+        {shape->stride, shape->grad_stride, shape->out_stride}, shape->stride, 0, least(QUERIES, task->length),
+        2 * DEPTH / (2 * first / DEPTH + blocks + 1) + 1};
 }
 
 INLINE void head_back(int half, const Job *job, Back *b, const Task *task, int64_t head, int fresh) {
@@ -185,11 +192,9 @@ INLINE void head_back(int half, const Job *job, Back *b, const Task *task, int64
         pack(half, queries, shape->stride, count, size, shape->scale * LOG2_E, 0, b->queries, QUERIES / DEPTH);
         pack(half, grad, shape->grad_stride, count, size, 1.0f, 0, b->grads, QUERIES / DEPTH);
         facts_of(half, shape, b, count, out, grad, job->log_sums + head * shape->tokens + at);
-        if (first + QUERIES < task->length) touch_block(half, job, task, head, first + QUERIES);
-        else touch_block(half, job, task, head + 1, 0);
-        touch(half, 1, row_of(row_of(job->to, at, shape->stride, half), head, size, half), shape->stride, count, size);
+        Ahead ahead = ahead_of(half, job, task, head, first);
         for (int64_t key = 0; key < first + count; key += DEPTH)
-            some_keys(half, shape, b, first, count, key, task->length - key > TILE, fresh && key >= first);
+            some_keys(half, shape, b, first, count, key, task->length - key > TILE, fresh && key >= first, &ahead);
         for (int64_t q = 0; q < count; q += DEPTH)
             query_grads(half, shape, b, (first + q) / DEPTH + 1, q, least(DEPTH, count - q),
                         row_of(row_of(job->to, at + q, shape->stride, half), head, size, half));
@@ -225,9 +230,6 @@ INLINE void task_back(int half, const Job *job, const Task *task, char *bytes) {
     const int64_t key = shape->heads + task->key, value = key + shape->keys;
     Back b;
     laid_out(half, shape, job->width, &b, bytes);
-    touch(half, 0, head_of(shape, task, key), shape->stride, task->length, size);
-    touch(half, 0, head_of(shape, task, value), shape->stride, task->length, size);
-    touch_block(half, job, task, task->key * group, 0);
     pack(half, head_of(shape, task, key), shape->stride, task->length, size, 1.0f, b.keys, b.keys_down, steps);
     for (int64_t e = 0; e < size / TILE; e++)
         turn_tiles(whole(task->length, DEPTH) / DEPTH * planes_of(half),
