@@ -59,7 +59,7 @@ INLINE void add_bias(const void *bias, float *to, int64_t first, int64_t columns
 
 static void turn_heads(const Layer *l, float *to, int64_t token, float sign, int half) {
     const void *c = row(l->cosine, token, l->head, half), *s = row(l->sine, token, l->head, half);
-    for (int64_t h = 0; h < l->turned_heads; h++) turn(to + h * l->head, 0, c, s, sign, l->head / 2, half);
+    for (int64_t h = 0; h < l->turned_heads; h++) rotate_head(to + h * l->head, 0, c, s, sign, l->head / 2, half);
 }
 
 INLINE Left left_of(const Own *own, int64_t number) { return whole_left(own->left[number], own->steps[number]); }

@@ -91,8 +91,8 @@ EXPORT void rotate(int half, int64_t rows, int64_t heads, int64_t size, void *x,
         void *c = row_of(cosine, t, size, half), *s = row_of(sine, t, size, half);
         for (int64_t h = 0; h < heads; h++) {
             void *head = row_of(row_of(x, t, stride, half), h, size, half);
-            if (half) turn(head, 1, c, s, sign, size / 2, 1);
-            else turn(head, 0, c, s, sign, size / 2, 0);
+            if (half) rotate_head(head, 1, c, s, sign, size / 2, 1);
+            else rotate_head(head, 0, c, s, sign, size / 2, 0);
         }
     }
 }

@@ -21,7 +21,7 @@ INLINE float inverse_rms(const void *x, int64_t width, float eps, int half) {
 }
 
 /* Rotary positions on a head of bfloat16 (`narrow`) or float32, halves paired, in place. */
-INLINE void turn(void *head, int narrow, const void *cosine, const void *sine, float sign, int64_t half_size, int half) {
+INLINE void rotate_head(void *head, int narrow, const void *cosine, const void *sine, float sign, int64_t half_size, int half) {
     int64_t i = 0;
     for (; i + WIDTH <= half_size; i += WIDTH) {
         vec first = load(head, i, narrow), second = load(head, i + half_size, narrow);
