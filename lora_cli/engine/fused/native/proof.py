@@ -173,7 +173,8 @@ def _random_layer(sizes: Sizes, dtype: torch.dtype, shown_as: torch.dtype | None
     kind = dtype if shown_as is None else shown_as
 
     def weight(seed: int, *shape: int) -> Tensor:
-        return (_random(torch.float32, seed, *shape) / shape[-1] ** 0.5).to(dtype).to(kind)
+        values = _random(torch.float32, seed, *shape) / float(shape[-1]) ** 0.5
+        return values.to(dtype).to(kind)
 
     def linear(seed: int, inputs: int, outputs: int) -> Adapted:
         a = (_random(torch.float32, seed + 1, _RANK, inputs) / inputs**0.5).requires_grad_()
