@@ -7,6 +7,7 @@ against `pointwise` and `documents`, in float32 and in the dtype of the run, bef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -173,11 +174,11 @@ def _random_layer(sizes: Sizes, dtype: torch.dtype, shown_as: torch.dtype | None
     kind = dtype if shown_as is None else shown_as
 
     def weight(seed: int, *shape: int) -> Tensor:
-        values = _random(torch.float32, seed, *shape) / float(shape[-1]) ** 0.5
+        values = _random(torch.float32, seed, *shape) / math.sqrt(shape[-1])
         return values.to(dtype).to(kind)
 
     def linear(seed: int, inputs: int, outputs: int) -> Adapted:
-        a = (_random(torch.float32, seed + 1, _RANK, inputs) / inputs**0.5).requires_grad_()
+        a = (_random(torch.float32, seed + 1, _RANK, inputs) / math.sqrt(inputs)).requires_grad_()
         b = (_random(torch.float32, seed + 2, outputs, _RANK) * 0.1).requires_grad_()
         return Adapted(weight(seed, outputs, inputs), None, a, b, 0.5)
 
