@@ -23,7 +23,7 @@ from lora_cli.data.cache import cache_folder
 HERE = Path(__file__).parent
 SOURCES = ("pointwise.c", "attention.c", "strips.c", "tiles.c", "tiles_back.c", "layer.c", "head.c")
 HEADERS = (
-    *("vectors.h", "rows.h", "pieces.h", "blocks.h", "strips.h", "tiles.h", "planes.h"),
+    *("vectors.h", "rows.h", "pieces.h", "blocks.h", "strips.h", "tiles.h", "planes.h", "powers.h", "slopes.h"),
     *("panels.h", "group.h", "pass.h", "packed.h"),
 )
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-fvisibility=hidden")

@@ -31,6 +31,7 @@ _SIGNATURES = {
     "gated": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2, _COUNT),
     "gated_back": (_FLAG, _FLAG, *[_COUNT] * 2, *[_PLACE] * 2, _COUNT),
     "cross_entropy": (_FLAG, *[_COUNT] * 2, *[_PLACE] * 3),
+    "attend_with_tiles": (_FLAG,),
     "attend": (_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL, _PLACE, _COUNT, _PLACE),
     "attend_back": (
         *(_FLAG, _COUNT, *[_PLACE] * 2, *[_COUNT] * 3, _PLACE, _COUNT, _REAL),
@@ -140,7 +141,7 @@ def _places(lengths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 def attend(qkv: Tensor, heads: Heads, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[T, H E], into `out` when it is given, and the logarithms of softmax's sums, [H, T] float32, from rows
-    [T, (H + 2 K) E]."""
+    [T, (H + 2 K) E]. On matrix tiles they are to base 2: `attend_back` is to run the way that `attend` ran."""
     out = qkv.new_empty(len(qkv), heads.width) if out is None else out
     log_sums = torch.empty(heads.query, len(qkv), dtype=torch.float32)
     if _compiled().attend(*heads.arguments(qkv), out.data_ptr(), out.stride(0), log_sums.data_ptr()):
@@ -155,6 +156,11 @@ def attend_back(grad: Tensor, out: Tensor, log_sums: Tensor, qkv: Tensor, heads:
     if _compiled().attend_back(*heads.arguments(qkv), *places):
         raise MemoryError("attention: out of memory")
     return back
+
+
+def attend_with_tiles(allowed: bool) -> None:
+    """Whether attention takes matrix tiles where it may, as it does from the start; for tests of the other way."""
+    _compiled().attend_with_tiles(int(allowed))
 
 
 @lru_cache(maxsize=1)

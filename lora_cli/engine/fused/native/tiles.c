@@ -5,7 +5,7 @@
  * 32 queries see all their keys at once, so that softmax needs no second scaling. Scores stand in tiles of [16 queries,
  * 16 keys], and end on the diagonal. The way back is in tiles_back.c. */
 
-#include "planes.h"
+#include "powers.h"
 
 #ifdef PLANES_FIT
 
