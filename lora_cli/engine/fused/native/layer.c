@@ -39,19 +39,6 @@ INLINE void put_normed(int pieces, uint16_t *left, int64_t steps, int64_t r, con
     fill_left(pieces, left, steps, r, width);
 }
 
-/* to = the gradient of a norm's input plus `residual`, from that of its output. */
-INLINE void norm_back(const float *grad, const void *x, const void *weight, const void *residual, double eps, int64_t width,
-                      void *to, int half) {
-    float inverse = inverse_rms(x, width, (float)eps, half);
-    vec dots = {0};
-    for (int64_t c = 0; c < width; c += WIDTH) dots += load(grad, c, 0) * load(weight, c, half) * load(x, c, half);
-    float back = sum_of(dots) * inverse * inverse * inverse / (float)width;
-    for (int64_t c = 0; c < width; c += WIDTH) {
-        vec v = load(grad, c, 0) * load(weight, c, half) * inverse - load(x, c, half) * back;
-        store(to, c, v + load(residual, c, half), half);
-    }
-}
-
 /* `columns` values from the bias's `first` one on. */
 INLINE void add_bias(const void *bias, float *to, int64_t first, int64_t columns, int half) {
     for (int64_t c = 0; bias && c < columns; c += WIDTH) store(to, c, load(to, c, 0) + load(bias, first + c, half), 0);
@@ -217,8 +204,8 @@ INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t 
     block_back(p, l, own, first, count, half);
     for (int64_t r = 0; r < count; r++) {
         void *to = row(l->hidden_grad, first + r, width, half);
-        norm_back(own->rows[HIDDEN] + r * own->strides[HIDDEN], row(l->hidden, first + r, width, half), l->block_norm,
-                  row(l->grad, first + r, width, half), l->block_eps, width, to, half);
+        norm_back_row(own->rows[HIDDEN] + r * own->strides[HIDDEN], 0, row(l->hidden, first + r, width, half), l->block_norm,
+                      row(l->grad, first + r, width, half), (float)l->block_eps, width, to, half);
         put_row(pieces, own->left[HIDDEN], own->steps[HIDDEN], r, to, width, half);
     }
     group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, ATTENDED), left_of(own, HIDDEN), own->sums[0]);
@@ -250,9 +237,9 @@ INLINE void inputs_back(const Pass *p, const Layer *l, const Own *own, int64_t f
                own->strides[HIDDEN]);
     group_back_low(pieces, &p->groups[0], &own->rooms[0], 0, width, own->rows[HIDDEN], own->strides[HIDDEN]);
     for (int64_t r = 0; r < count; r++)
-        norm_back(own->rows[HIDDEN] + r * own->strides[HIDDEN], row(l->x, first + r, width, half), l->attention_norm,
-                  row(l->hidden_grad, first + r, width, half), l->attention_eps, width, row(l->x_grad, first + r, width, half),
-                  half);
+        norm_back_row(own->rows[HIDDEN] + r * own->strides[HIDDEN], 0, row(l->x, first + r, width, half), l->attention_norm,
+                      row(l->hidden_grad, first + r, width, half), (float)l->attention_eps, width,
+                      row(l->x_grad, first + r, width, half), half);
 }
 
 #define BOTH(name)                                                                                          \

@@ -96,7 +96,7 @@ static int run_pass(Pass *p, const void *layer, Groups *groups, Block *block) {
         }
         _tile_release();
         for (int64_t i = 0; i < p->count; i++)
-            if (first_own.sums[i]) give_sums(&p->groups[i], first_own.sums[i], each.used, threads);
+            if (first_own.sums[i]) give_sums(&p->groups[i], first_own.sums[i], each.used, omp_get_num_threads());
     }
     free(bytes);
     return 0;

@@ -48,29 +48,6 @@ EXPORT void rms_norm(int half, int64_t rows, int64_t width, void *x, const void 
     }
 }
 
-INLINE void norm_back_row(const void *grad, const void *x, const void *weight, const void *residual, float eps,
-                          int64_t width, void *out, int half) {
-    float inverse = inverse_rms(x, width, eps, half);
-    vec dots[2] = {{0}};
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= width; i += 2 * WIDTH)
-        for (int k = 0; k < 2; k++) {
-            int64_t at = i + k * WIDTH;
-            dots[k] += load(grad, at, half) * load(weight, at, half) * load(x, at, half);
-        }
-    float dot = sum_of(dots[0] + dots[1]);
-    for (; i < width; i++) dot += get(grad, i, half) * get(weight, i, half) * get(x, i, half);
-    float back = dot * inverse * inverse * inverse / (float)width;
-    for (i = 0; i + WIDTH <= width; i += WIDTH) {
-        vec v = load(grad, i, half) * load(weight, i, half) * inverse - load(x, i, half) * back;
-        store(out, i, v + load(residual, i, half), half);
-    }
-    for (; i < width; i++) {
-        float v = get(grad, i, half) * get(weight, i, half) * inverse - get(x, i, half) * back;
-        put(out, i, v + get(residual, i, half), half);
-    }
-}
-
 /* out = the gradient of a norm's input, from that of its output, plus `residual`. */
 EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, const void *grad, int64_t grad_stride, const void *x,
                           const void *weight, const void *residual, float eps, void *out) {
@@ -78,8 +55,8 @@ EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, const void *gra
     for (int64_t t = 0; t < rows; t++) {
         void *g = row_of(grad, t, grad_stride, half), *xs = row_of(x, t, width, half);
         void *r = row_of(residual, t, width, half), *to = row_of(out, t, width, half);
-        if (half) norm_back_row(g, xs, weight, r, eps, width, to, 1);
-        else norm_back_row(g, xs, weight, r, eps, width, to, 0);
+        if (half) norm_back_row(g, 1, xs, weight, r, eps, width, to, 1);
+        else norm_back_row(g, 0, xs, weight, r, eps, width, to, 0);
     }
 }
 

@@ -1,4 +1,4 @@
-/* What is done to one row: its root mean square, rotary positions, the activation. */
+/* What is done to one row: its root mean square, a norm back, rotary positions, the activation. */
 
 #ifndef LORA_ROWS_H
 #define LORA_ROWS_H
@@ -18,6 +18,30 @@ INLINE float inverse_rms(const void *x, int64_t width, float eps, int half) {
     float total = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3]));
     for (; i < width; i++) total += get(x, i, half) * get(x, i, half);
     return 1.0f / sqrtf(total / (float)width + eps);
+}
+
+/* out = the gradient of an RMS norm's input plus `residual`, from that of its output in bfloat16 (`narrow`) or float32. */
+INLINE void norm_back_row(const void *grad, int narrow, const void *x, const void *weight, const void *residual, float eps,
+                          int64_t width, void *out, int half) {
+    float inverse = inverse_rms(x, width, eps, half);
+    vec dots[2] = {{0}};
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= width; i += 2 * WIDTH)
+        for (int k = 0; k < 2; k++) {
+            int64_t at = i + k * WIDTH;
+            dots[k] += load(grad, at, narrow) * load(weight, at, half) * load(x, at, half);
+        }
+    float dot = sum_of(dots[0] + dots[1]);
+    for (; i < width; i++) dot += get(grad, i, narrow) * get(weight, i, half) * get(x, i, half);
+    float back = dot * inverse * inverse * inverse / (float)width;
+    for (i = 0; i + WIDTH <= width; i += WIDTH) {
+        vec v = load(grad, i, narrow) * load(weight, i, half) * inverse - load(x, i, half) * back;
+        store(out, i, v + load(residual, i, half), half);
+    }
+    for (; i < width; i++) {
+        float v = get(grad, i, narrow) * get(weight, i, half) * inverse - get(x, i, half) * back;
+        put(out, i, v + get(residual, i, half), half);
+    }
 }
 
 /* Rotary positions on a head of bfloat16 (`narrow`) or float32, halves paired, in place. */

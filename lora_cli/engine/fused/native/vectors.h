@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
@@ -70,6 +73,11 @@ INLINE void *row_of(const void *start, int64_t row, int64_t stride, int half) {
 /* `yes` where the mask is all ones, `no` where it is 0. */
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
 
+/* e^r for |r| up to ln 2 / 2. */
+#define EXPONENTIAL_POLYNOMIAL(r)                                                                           \
+    ((((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +     \
+       1.6666665459e-1f) * r + 5.0000001201e-1f) * (r * r) + r + 1.0f)
+
 /* e^x to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], as Cephes's expf has it.
  * Below -87 it is 0, above 88 as large as there; what isn't a number stays none. */
 INLINE float exponential(float x) {
@@ -78,13 +86,7 @@ INLINE float exponential(float x) {
     float n = shifted - 12582912.0f;
     float r = clamped - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    float p = EXPONENTIAL_POLYNOMIAL(r);
     int32_t bits;
     memcpy(&bits, &shifted, 4);
     bits = (bits - 0x4b400000 + 127) << 23;
@@ -93,6 +95,17 @@ INLINE float exponential(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
+#ifdef __AVX512F__
+INLINE vec exponential_vec(vec x) {
+    const __m512 low = _mm512_set1_ps(-87.0f), high = _mm512_set1_ps(88.0f);
+    vec clamped = (vec)_mm512_min_ps(high, _mm512_max_ps(low, (__m512)x));
+    vec n = (vec)_mm512_roundscale_ps((__m512)(clamped * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
+    vec r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = EXPONENTIAL_POLYNOMIAL(r);
+    return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, low, _CMP_NLT_UQ), (__m512)p, (__m512)n);
+}
+#else
 INLINE vec exponential_vec(vec x) {
     vec low = (vec){0} - 87.0f, high = (vec){0} + 88.0f;
     ivec tiny = x < low;
@@ -101,15 +114,11 @@ INLINE vec exponential_vec(vec x) {
     vec n = shifted - 12582912.0f;
     vec r = clamped - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    vec p = EXPONENTIAL_POLYNOMIAL(r);
     ivec bits = ((ivec)shifted - 0x4b400000 + 127) << 23;
     return choose(tiny, (vec){0}, p * (vec)bits);
 }
+#endif
 
 INLINE float sum_of(vec v) {
     float total = 0;
