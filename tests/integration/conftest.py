@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -76,17 +77,30 @@ def adapter_bytes(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@contextmanager
+def scripts() -> Iterator[None]:
+    """Within it, what stands in scripts/ can be imported."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of 40,000 random parameters, with tokenizer and chat template."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        from make_tiny_gpt2 import build_tiny_gpt2
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build_tiny_gpt2(folder, n_embd=32, n_layer=2, n_head=2, n_positions=128)
-    return folder
+    with scripts():
+        from proofs.tiny import make_model
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A Llama of 30,000 random parameters, whose layers run fused, with the tokenizer of the tiny GPT-2."""
+    with scripts():
+        from proofs.tiny import make_llama
+    return make_llama(tmp_path_factory.mktemp("models") / "llama", tiny)
 
 
 @pytest.fixture(scope="session")

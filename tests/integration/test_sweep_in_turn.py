@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lora_cli.config import load_grid
 from lora_cli.engine import scoring
@@ -24,28 +22,6 @@ from tests.integration.conftest import VOLATILE, adapter_bytes
 
 GRID = ("adapter.r=[2, 6]", "train.learning_rate=[3e-3, 1e-2]")
 FEW = ["train.max_steps=4", "train.logging_steps=1", "train.micro_batch_tokens=150"]
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory, tiny):
-    """A Llama of 30,000 random parameters with the tokenizer of the tiny GPT-2."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SOURCES = ("pointwise.c", "attention.c", "strips.c", "tiles.c", "tiles_back.c", "layer.c", "head.c")
 HEADERS = (
     *("vectors.h", "rows.h", "pieces.h", "blocks.h", "strips.h", "tiles.h", "planes.h", "powers.h", "slopes.h"),
-    *("panels.h", "group.h", "pass.h", "packed.h"),
+    *("panels.h", "packing.h", "group.h", "pass.h"),
 )
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-fvisibility=hidden")
 WIDE = "-mprefer-vector-width=512"

@@ -8,7 +8,7 @@
 #ifndef LORA_GROUP_H
 #define LORA_GROUP_H
 
-#include "panels.h"
+#include "packing.h"
 
 #ifdef TILES
 
@@ -38,22 +38,6 @@ typedef struct {
 } Group;
 
 INLINE int64_t ranks_of(const Group *g, int64_t i) { return g->rank_at[i + 1] - g->rank_at[i]; }
-
-/* Memory in pieces of whole cache lines; with none yet, only what it comes to. */
-typedef struct {
-    char *at;
-    size_t used;
-} Memory;
-
-INLINE void *some(Memory *m, int64_t bytes) {
-    void *found = m->at ? m->at + m->used : 0;
-    m->used += (size_t)whole(bytes, 64);
-    return found;
-}
-
-INLINE int64_t right_bytes(int pieces, int64_t depth, int64_t columns) {
-    return wides(depth) * wides(columns) * pieces * RIGHT * 4;
-}
 
 /* Where everything of a group goes. A group with no adapter has no ranks. */
 static Group group_of(const Linear *linears, int64_t count, int64_t inputs, int half, int back, Memory *memory) {
@@ -181,7 +165,7 @@ INLINE void turn_rows(int pieces, const float *from, int64_t stride, int64_t row
             uint16_t *tile = to + (t * rows / WIDE / TILE + r / WIDE) * pieces * LEFT / 2 + r % WIDE;
             for (int64_t k = 0; k < TILE; k++) {
                 uvec found[PIECES];
-                split(pieces, load(turned[k], 0, 0), found);
+                split(pieces, 0, load(turned[k], 0, 0), found);
                 for (int p = 0; p < pieces; p++)
                     *(hvec_at *)(tile + p * LEFT / 2 + k * WIDE) = upper_half(found[p]);
             }

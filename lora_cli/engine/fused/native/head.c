@@ -3,13 +3,14 @@
  * attention's is: (softmax(x W') - one) W is attention with W for keys and values, but for the target's row. Method:
  * Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867). On matrix tiles. */
 
-#include "packed.h"
+#include "packing.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#ifdef TILES
 
 #include <omp.h>
 
-#define PANEL 128 /* columns of W that are multiplied at once, there and back */
+#define COLUMNS 128 /* of W that are multiplied at once, there and back */
+#define PIECES_OF(half) ((half) ? 1 : PIECES)
 #define ABOVE 32.0f /* how far a logit may stand above the one that its row's are counted from */
 
 typedef struct {
@@ -22,65 +23,43 @@ typedef struct {
 
 /* One thread's room. */
 typedef struct {
-    uint32_t *left;         /* [rows / 32][width / 32] steps: x */
-    float *back;            /* [rows / 32][width / 32][4 tiles]: softmax W, not yet divided by its sums */
-    uint32_t *along, *down; /* a panel of W for either product */
-    uint32_t *shares;       /* [PANEL / 32] steps: softmax of 32 rows, not yet divided */
-    float *logits;          /* [32, PANEL] */
+    uint16_t *left;         /* blocks of x */
+    float *back;            /* [rows / 32][width / 32][32, 32]: softmax W, not yet divided by its sums */
+    uint32_t *along, *down; /* panels of W for either product */
+    uint16_t *shares;       /* a left block: softmax of 32 rows, not yet divided */
+    float *logits;          /* [32, COLUMNS] */
     vec *sums;              /* [rows]: of softmax, sixteen parts of each */
     float *from, *wanted;   /* [rows]: what logits are counted from, and the target's logit */
 } Room;
 
-INLINE int64_t bytes_of(int64_t rows, int64_t width, int half, int part) {
-    int64_t steps = width / DEPTH, blocks = rows / SIDE;
-    const int64_t bytes[] = {
-        blocks * steps * STEP(half) * 4, blocks * steps * SIDE * SIDE * 4, PANEL / SIDE * steps * STEP(half) * 4,
-        PANEL / SIDE * steps * STEP(half) * 4, PANEL / SIDE * STEP(half) * 4, SIDE * PANEL * 4, rows * 64, rows * 4,
-        rows * 4,
-    };
-    return bytes[part];
-}
-
-static char *open_room(Room *room, int64_t rows, int64_t width, int half) {
-    int64_t total = 0, starts[9];
-    for (int i = 0; i < 9; i++) starts[i] = total, total += whole(bytes_of(rows, width, half, i), 64);
-    char *all = aligned_alloc(64, (size_t)total);
-    if (!all) return 0;
-    *room = (Room){(uint32_t *)(all + starts[0]), (float *)(all + starts[1]), (uint32_t *)(all + starts[2]),
-                   (uint32_t *)(all + starts[3]), (uint32_t *)(all + starts[4]), (float *)(all + starts[5]),
-                   (vec *)(all + starts[6]),      (float *)(all + starts[7]), (float *)(all + starts[8])};
-    return all;
-}
-
-/* e^x of what is 88 or less: the same polynomial as `exponential_vec`, its power of two by the instruction for that. */
-INLINE vec power_of_e(vec x) {
-    const __m512 least_x = _mm512_set1_ps(-104.0f); /* where 0 is the nearest float; what is no number stays none */
-    vec v = (vec)_mm512_max_ps(least_x, (__m512)x);
-    vec n = (vec)_mm512_roundscale_ps((__m512)(v * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT);
-    vec r = v - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+static Room room_of(int64_t rows, int64_t width, int half, Memory *memory) {
+    int pieces = PIECES_OF(half);
+    Room room = {.left = some(memory, rows * width * pieces * 2)};
+    room.back = some(memory, rows * width * 4);
+    room.along = some(memory, right_bytes(pieces, width, COLUMNS));
+    room.down = some(memory, right_bytes(pieces, COLUMNS, width));
+    room.shares = some(memory, WIDE * COLUMNS * pieces * 2);
+    room.logits = some(memory, WIDE * COLUMNS * 4);
+    room.sums = some(memory, rows * 64);
+    room.from = some(memory, rows * 4), room.wanted = some(memory, rows * 4);
+    return room;
 }
 
 /* The 32 logits by 128 columns that begin at `first`; where there is no column, far below all others. */
-INLINE void logits_of(const Head *head, const Room *room, const uint32_t *left, int64_t first, int half) {
-    int64_t steps = head->width / DEPTH;
-    for (int64_t n = 0; n < PANEL; n += SIDE) {
-        clear_block();
-        times(steps, left, room->along + n / SIDE * steps * STEP(half), half);
-        store_rows(room->logits + n, PANEL);
+INLINE void logits_of(const Head *head, const Room *room, int64_t block, int64_t first, int half) {
+    int pieces = PIECES_OF(half);
+    int64_t steps = wides(head->width);
+    for (int64_t n = 0; n < wides(COLUMNS); n++) {
+        clear_sums(1, 1);
+        accumulate(pieces, 1, 1, steps, room->left + block * steps * pieces * LEFT, LEFT, LEFT / 2,
+                   room->along + n * steps * pieces * RIGHT, 0, 0);
+        store_sums(1, 1, room->logits + n * WIDE, COLUMNS);
     }
-    int64_t there = least(PANEL, head->vocabulary - first);
-    if (!head->bias && there == PANEL) return;
-    for (int64_t r = 0; r < SIDE; r++)
-        for (int64_t c = 0; c < PANEL; c++) {
-            float *logit = room->logits + r * PANEL + c;
+    int64_t there = least(COLUMNS, head->vocabulary - first);
+    if (!head->bias && there == COLUMNS) return;
+    for (int64_t r = 0; r < WIDE; r++)
+        for (int64_t c = 0; c < COLUMNS; c++) {
+            float *logit = room->logits + r * COLUMNS + c;
             if (c >= there) *logit = -INFINITY;
             else if (head->bias) *logit += get(head->bias, first + c, half);
         }
@@ -91,90 +70,86 @@ static __attribute__((noinline)) void recount(float most, int64_t width, float *
     float scale = exponential(*from - most);
     *from = most;
     *sum *= scale;
-    for (int64_t c = 0; c < width; c += SIDE, back += SIDE * SIDE)
-        for (int half = 0; half < 2; half++)
-            store(back + half * TILE_WORDS, 0, load(back + half * TILE_WORDS, 0, 0) * scale, 0);
+    for (int64_t c = 0; c < width; c += WIDE, back += WIDE * WIDE)
+        for (int64_t i = 0; i < WIDE; i += WIDTH) store(back, i, load(back, i, 0) * scale, 0);
 }
 
 /* e^(logit - from) of 32 rows, summed and packed. The target's is left out of what is packed: it is added at the end, as
  * exactly as float32 has it, because in a row that is well predicted nearly nothing is left of it. */
 INLINE void shares_of(const Head *head, const Room *room, int64_t block, const int64_t *targets, int64_t rows,
                       int64_t first, int half) {
-    for (int64_t r = 0; r < SIDE; r++) {
-        const float *logits = room->logits + r * PANEL;
-        int64_t at = block * SIDE + r;
-        float *back = room->back + block * head->width * SIDE + r / TILE * 2 * TILE_WORDS + r % TILE * TILE;
+    int pieces = PIECES_OF(half);
+    for (int64_t r = 0; r < WIDE; r++) {
+        const float *logits = room->logits + r * COLUMNS;
+        int64_t at = block * WIDE + r;
         vec most = load(logits, 0, 0);
-        for (int64_t c = WIDTH; c < PANEL; c += WIDTH) {
+        for (int64_t c = WIDTH; c < COLUMNS; c += WIDTH) {
             vec v = load(logits, c, 0);
             most = (vec)_mm512_max_ps((__m512)most, (__m512)v);
         }
         if (_mm512_cmp_ps_mask((__m512)most, _mm512_set1_ps(room->from[at] + ABOVE), _CMP_GT_OQ))
-            recount(largest_of(most), head->width, &room->from[at], &room->sums[at], back);
-        float from = room->from[at];
+            recount(largest_of(most), head->width, &room->from[at], &room->sums[at],
+                    room->back + block * head->width * WIDE + r * WIDE);
         vec sum = room->sums[at];
-        uint32_t *row = room->shares + r * TILE;
-        for (int64_t c = 0; c < PANEL; c += SIDE, row += STEP(half)) {
-            vec one = power_of_e(load(logits, c, 0) - from);
-            vec other = power_of_e(load(logits, c + WIDTH, 0) - from);
+        for (int64_t c = 0; c < COLUMNS; c += WIDE) {
+            vec one = exponential_vec(load(logits, c, 0) - room->from[at]);
+            vec other = exponential_vec(load(logits, c + WIDTH, 0) - room->from[at]);
             sum += one + other;
-            put_planes(one, other, half, row);
+            put_step(pieces, 0, one, other, left_at(pieces, room->shares, wides(COLUMNS), r, c), LEFT);
         }
         room->sums[at] = sum;
         int64_t target = r < rows ? targets[r] - first : -1;
-        if (target < 0 || target >= PANEL) continue;
+        if (target < 0 || target >= COLUMNS) continue;
         room->wanted[at] = logits[target];
-        uint16_t *share = (uint16_t *)(room->shares + target / SIDE * STEP(half) + r * TILE) + target % SIDE;
-        for (int p = 0; p < PLANES(half); p++) share[p * 4 * TILE_WORDS] = 0;
+        uint16_t *share = room->shares + target / WIDE * pieces * LEFT + r * WIDE + target % WIDE;
+        for (int p = 0; p < pieces; p++) share[p * LEFT] = 0;
     }
 }
 
-/* back += shares W. */
-INLINE void add_back(const Head *head, const Room *room, int64_t block, int half) {
-    float *back = room->back + block * head->width * SIDE;
-    const uint32_t *right = room->down;
-    for (int64_t c = 0; c < head->width; c += SIDE, back += SIDE * SIDE, right += PANEL / SIDE * STEP(half)) {
-        load_block(back);
-        times(PANEL / SIDE, room->shares, right, half);
-        store_block(back);
+/* back += shares W, of as many columns of W as there are. */
+INLINE void add_back(const Head *head, const Room *room, int64_t block, int64_t steps, int half) {
+    int pieces = PIECES_OF(half);
+    float *back = room->back + block * head->width * WIDE;
+    for (int64_t n = 0; n < wides(head->width); n++, back += WIDE * WIDE) {
+        load_sums(1, 1, back, WIDE);
+        accumulate(pieces, 1, 1, steps, room->shares, LEFT, LEFT / 2, room->down + n * steps * pieces * RIGHT, 0, 0);
+        store_sums(1, 1, back, WIDE);
     }
 }
 
 INLINE void finish(const Head *head, const Room *room, int64_t first, int64_t rows, int half) {
     for (int64_t t = 0; t < rows; t++) {
-        const float *back = room->back + t / SIDE * head->width * SIDE + t % SIDE / TILE * 2 * TILE_WORDS + t % TILE * TILE;
+        const float *back = room->back + t / WIDE * head->width * WIDE + t % WIDE * WIDE;
         const void *target = row_of(head->weight, head->targets[first + t], head->width, half);
         void *grad = row_of(head->grad, first + t, head->width, half);
         float sum = sum_of(room->sums[t]), inverse = 1.0f / sum;
         float own = exponential(room->wanted[t] - room->from[t]) * inverse - 1.0f;
         head->losses[first + t] = room->from[t] + logf(sum) - room->wanted[t];
-        for (int64_t c = 0; c < head->width; c += SIDE, back += SIDE * SIDE)
-            for (int64_t i = 0; i < 2; i++) {
-                vec v = load(back + i * TILE_WORDS, 0, 0) * inverse;
-                store(grad, c + i * WIDTH, v + load(target, c + i * WIDTH, half) * own, half);
-            }
+        for (int64_t c = 0; c < head->width; c += WIDE, back += WIDE * WIDE)
+            for (int64_t i = 0; i < WIDE; i += WIDTH)
+                store(grad, c + i, load(back, i, 0) * inverse + load(target, c + i, half) * own, half);
     }
 }
 
 INLINE void some_rows(const Head *head, const Room *room, int64_t first, int64_t rows, int half) {
-    int64_t steps = head->width / DEPTH, blocks = whole(rows, SIDE) / SIDE;
-    memset(room->back, 0, (size_t)(blocks * SIDE * head->width) * 4);
-    memset(room->sums, 0, (size_t)(blocks * SIDE) * sizeof(vec));
-    for (int64_t t = 0; t < blocks * SIDE; t++) room->from[t] = -INFINITY;
-    for (int64_t b = 0; b < blocks; b++)
-        pack_left(row_of(head->x, first + b * SIDE, head->width, half), least(SIDE, rows - b * SIDE), head->width, half,
-                  room->left + b * steps * STEP(half));
-    for (int64_t v = 0; v < head->vocabulary; v += PANEL) {
-        for (int64_t n = 0; n < PANEL; n += SIDE) {
-            const void *weight = row_of(head->weight, v + n, head->width, half);
-            int64_t there = head->vocabulary - v - n;
-            pack_along(weight, there, head->width, half, room->along + n / SIDE * steps * STEP(half));
-            pack_rows(weight, there, head->width, half, room->down + n / SIDE * STEP(half), PANEL / SIDE * STEP(half));
-        }
+    int pieces = PIECES_OF(half);
+    int64_t width = head->width, blocks = wides(rows);
+    memset(room->back, 0, (size_t)(blocks * WIDE * width) * 4);
+    memset(room->sums, 0, (size_t)(blocks * WIDE) * sizeof(vec));
+    memset(room->left, 0, (size_t)(blocks * WIDE * width * pieces) * 2);
+    for (int64_t t = 0; t < blocks * WIDE; t++) room->from[t] = -INFINITY;
+    for (int64_t t = 0; t < rows; t++)
+        put_row(pieces, room->left, wides(width), t, row_of(head->x, first + t, width, half), width, half);
+    for (int64_t v = 0; v < head->vocabulary; v += COLUMNS) {
+        int64_t there = least(COLUMNS, head->vocabulary - v), steps = wides(there);
+        const Matrix weight = {row_of(head->weight, v, width, half), half, there, width, 0, 0, 0};
+        for (int64_t n = 0; n < wides(COLUMNS); n++)
+            panel_along(pieces, &weight, n, room->along + n * wides(width) * pieces * RIGHT);
+        for (int64_t n = 0; n < wides(width); n++) panel_down(pieces, &weight, n, room->down + n * steps * pieces * RIGHT);
         for (int64_t b = 0; b < blocks; b++) {
-            logits_of(head, room, room->left + b * steps * STEP(half), v, half);
-            shares_of(head, room, b, head->targets + first + b * SIDE, rows - b * SIDE, v, half);
-            add_back(head, room, b, half);
+            logits_of(head, room, b, v, half);
+            shares_of(head, room, b, head->targets + first + b * WIDE, rows - b * WIDE, v, half);
+            add_back(head, room, b, steps, half);
         }
     }
     finish(head, room, first, rows, half);
@@ -190,9 +165,12 @@ EXPORT int head_losses(int half, int64_t rows, int64_t width, int64_t vocabulary
 #pragma omp parallel
     {
         int64_t threads = omp_get_num_threads(), parts = whole(rows, most * threads) / most;
-        int64_t each = whole((rows + parts - 1) / parts, SIDE);
-        Room room = {0};
-        char *all = open_room(&room, each, width, half);
+        int64_t each = whole((rows + parts - 1) / parts, WIDE);
+        Memory memory = {0};
+        (void)room_of(each, width, half, &memory);
+        char *all = aligned_alloc(64, memory.used);
+        memory = (Memory){all, 0};
+        const Room room = room_of(each, width, half, &memory);
         if (all) open_tiles();
         else {
 #pragma omp atomic write

@@ -25,11 +25,6 @@ typedef struct {
 
 INLINE void *row(const void *start, int64_t t, int64_t width, int half) { return row_of(start, t, width, half); }
 
-INLINE void put_row(int pieces, uint16_t *left, int64_t steps, int64_t r, const void *from, int64_t width, int half) {
-    for (int64_t c = 0; c < width; c += WIDTH) put_left(pieces, left, steps, r, c, load(from, c, half));
-    fill_left(pieces, left, steps, r, width);
-}
-
 /* An RMS norm's output as a row of left blocks. */
 INLINE void put_normed(int pieces, uint16_t *left, int64_t steps, int64_t r, const void *x, const void *weight, double eps,
                        int64_t width, int half) {
