@@ -68,35 +68,55 @@ def _gib(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**30:.1f} GiB"
 
 
+def longest_tables(rows: Sequence[Row]) -> list[str]:
+    """A table for each card, base, limit and ladder, under a line that says them; of each way the last row."""
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (row["card"], row["base"], row["limit_bytes"], tuple(row["ladder"]))
+        groups.setdefault(key, {})[row["way"]] = row
+    return [f"{_of_ladder(*key)}\n\n{longest_table(list(group.values()))}" for key, group in groups.items()]
+
+
+def _of_ladder(card: str, base: str, limit: int | None, _: tuple[int, ...]) -> str:
+    of_it = f"{_gib(limit)} of it" if limit else "all of it"
+    said = {"nf4": "NF4", "bf16": "bf16"}[base]
+    return f"One document in one step, base in {said}, {card}, {of_it}; peak of allocated memory:"
+
+
 def longest_table(rows: Sequence[Row]) -> str:
-    """Peaks of memory over the length of a single document, the longest that trained, and where a straight line through
-    the two longest meets the card's memory: an estimate, since a step of that length takes minutes."""
+    """Peaks of memory over the length of a single document; the longest that trained, and the seconds of its step (not
+    known of the first); where a straight line through the two longest meets the memory there is: an estimate."""
     ladder = rows[0]["ladder"]
-    head = ["way", *(f"{length:,}" for length in ladder), "longest that trained", "by a straight line", "ended by"]
+    head = ["way", *(f"{length:,}" for length in ladder), "longest that trained", "its step"]
+    head += ["by a straight line", "ended by"]
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for row in rows:
         peaks = [peak for peak, _ in row.get("step_peaks", [])]
         cells = [_gib(peak) for peak in peaks] + ["-"] * (len(ladder) - len(peaks))
         longest = f"{ladder[len(peaks) - 1]:,}" if peaks else "-"
-        lines.append(" | ".join([row["says"], *cells, longest, _by_line(row, peaks), row.get("error", "the list")]))
+        step = f"{row['step_seconds'][len(peaks) - 2]:.1f} s" if len(peaks) > 1 else "-"
+        ended = row.get("error", "the list")
+        lines.append(" | ".join([row["says"], *cells, longest, step, _by_line(row, peaks), ended]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
 def _by_line(row: Row, peaks: Sequence[int]) -> str:
     """Tokens, rounded down to a thousand."""
-    ladder, total = row["ladder"], row.get("total_bytes")
-    if len(peaks) < 2 or not total:
+    ladder, total = row["ladder"], row.get("limit_bytes") or row.get("total_bytes")
+    if len(peaks) < 2 or not total or peaks[-1] <= peaks[-2]:
         return "-"
     each = (peaks[-1] - peaks[-2]) / (ladder[len(peaks) - 1] - ladder[len(peaks) - 2])
     return f"{(ladder[len(peaks) - 1] + (total - peaks[-1]) / each) // 1000 * 1000:,.0f}"
 
 
 def write_cuda_page(measurements: Path, page: Path) -> None:
-    """Put a table for each file `cuda-*.jsonl` into the page, with the card and versions above it; its rows below."""
+    """Put a table for each file `cuda-*.jsonl` into the page, with the card and versions above it and its rows below,
+    and those of `longest-*.jsonl`, a table for each ladder."""
     parts = [_section(file) for file in sorted(measurements.glob("cuda-*.jsonl"))]
     for file in sorted(measurements.glob("longest-*.jsonl")):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        parts.append(f"One document in one step, {rows[0]['card']}; peak of allocated memory:\n\n{longest_table(rows)}")
+        named = f"Rows: [measurements/{file.name}](measurements/{file.name})."
+        parts.append("\n\n".join([*longest_tables(rows), named]))
     put_between(page, BEGIN, END, "\n\n".join(parts) or "No rows have been measured yet.")
 
 

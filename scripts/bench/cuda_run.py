@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from bench.cuda_world import Shape
 from bench.watch import TOLD_LATER
 
 WATCH = Path(__file__).parent / "watch.py"
+_FULL = re.compile("out of memory|OutOfMemoryError", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Asked:
     """Ways that take two more steps, under the profiler."""
     paths: dict[str, str] | None = None
     """By tool, folders of packages that come before all others."""
+    limit_gib: float | None = None
+    """What a way that climbs may have of the card; all of it if None."""
 
 
 class Child:
@@ -52,6 +56,7 @@ class Child:
         more = 2 if way.name in asked.profiled else 0
         steps = len(way.ladder) or asked.steps
         options = ["--each"] if way.ladder else []
+        options += ["--limit", str(asked.limit_gib)] if way.ladder and asked.limit_gib else []
         options += ["--profile", str(more), "--ready", str(self.ready), "--import", way.imports]
         program = way.program(asked.folder, asked.shape, steps + (0 if way.ladder else TOLD_LATER))
         self._out = self.log.open("w", encoding="utf-8")
@@ -83,7 +88,7 @@ class Child:
                     self.process.stdin.write("go\n")
                     self.process.stdin.flush()
                 code = self.process.wait(max(0.1, deadline - time.monotonic()))
-                error = "" if code == 0 else f"exit code {code}"
+                error = f"exit code {code}" if code else ""
             except subprocess.TimeoutExpired:
                 error = "no end in time"
             self.end()
@@ -91,7 +96,7 @@ class Child:
         report |= {"run_seconds": time.monotonic() - began, "card_bytes": card.most}
         text = self.log.read_text(encoding="utf-8", errors="replace")
         if len(report.get("step_seconds", ())) < (len(self.way.ladder) or self.asked.steps) - 1:
-            report["error"] = error or "it ended before its steps were taken"
+            report["error"] = _why(error, text)
             report["last_lines"] = "\n".join(text.splitlines()[-12:])[-1500:]
         told = self.way.told(self.asked.folder, text)[: self.asked.steps]
         return report | {"losses": [loss for loss, _ in told], "step_tokens": [tokens for _, tokens in told]}
@@ -102,6 +107,13 @@ class Child:
             self.process.kill()
         self.process.wait()
         self._out.close()
+
+
+def _why(error: str, log: str) -> str:
+    """What ended a way before its steps were taken; a full card is named by whichever words its tool has for it."""
+    if error != "no end in time" and _FULL.search("\n".join(log.splitlines()[-40:])):
+        return "out of memory"
+    return error or "it ended before its steps were taken"
 
 
 def warmed(ways: Sequence[CudaWay], asked: Asked) -> list[subprocess.Popen[bytes]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,6 @@ from bench.cuda_world import Shape, lora_settings
 HERE = Path(__file__).parent
 PEER_IMPORTS = "torch,transformers,datasets,accelerate,transformers.models.llama.modeling_llama"
 LORA_IMPORTS = f"{PEER_IMPORTS},lora_cli.train.run"
-LADDER_TOOLS: tuple[Literal["lora", "trl", "unsloth"], ...] = ("lora", "trl", "unsloth")
 
 
 @dataclass(frozen=True)
@@ -124,21 +123,25 @@ CUDA_WAYS: Sequence[CudaWay] = (
 )
 
 
-def climbers(ladder: tuple[int, ...], tools: Collection[str]) -> list[CudaWay]:
-    """A way for each tool that trains on one ever longer document, activations recomputed."""
-    says = {"lora": "lora train", "trl": "TRL + Liger", "unsloth": "Unsloth"}
-    return [
-        CudaWay(f"longest-{tool}", says[tool], tool, "bf16", True, ("packing=rows",) if tool != "lora" else (), ladder)
-        for tool in LADDER_TOOLS
-        if tool in tools
-    ]
+def climbers(ladder: tuple[int, ...], base: Literal["bf16", "nf4"]) -> list[CudaWay]:
+    """The ways to train on one ever longer document a step, activations recomputed, by importance."""
+    kept, moved = ("train.activation_offloading=false",), ("train.activation_offloading=true",)
+    ways: tuple[tuple[str, str, Literal["lora", "trl", "unsloth"], tuple[str, ...]], ...] = (
+        ("longest-lora", "lora train", "lora", kept),
+        ("longest-lora-offload", "lora train, activations on the host", "lora", moved),
+        ("longest-unsloth", "Unsloth", "unsloth", ("packing=rows",)),
+        ("longest-trl", "TRL + Liger", "trl", ("packing=rows",)),
+    )
+    return [CudaWay(name, says, tool, base, True, options, ladder) for name, says, tool, options in ways]
 
 
-def chosen(names: str | None, without: Callable[[CudaWay], bool]) -> list[CudaWay]:
-    """The ways of these names in their order, or all that can run."""
-    known = {way.name: way for way in CUDA_WAYS}
+def chosen(ways: Sequence[CudaWay], names: str | None, without: Callable[[CudaWay], bool]) -> list[CudaWay]:
+    """Those of these names in their order, `none` being no name, or all that can run."""
+    known = {way.name: way for way in ways}
     if names is None:
-        return [way for way in CUDA_WAYS if not without(way)]
+        return [way for way in ways if not without(way)]
+    if names == "none":
+        return []
     unknown = [name for name in names.split(",") if name not in known]
     if unknown:
         raise SystemExit(f"no such way: {', '.join(unknown)}; there are {', '.join(known)}")

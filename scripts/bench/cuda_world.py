@@ -71,9 +71,11 @@ def make_world(folder: Path, shape: Shape, steps: int) -> dict[str, float]:
     write_rows(folder, shape, steps)
     seconds["rows"] = time.perf_counter() - began
     began = time.perf_counter()
-    write_model(folder / "model", shape)
+    stamp, said = folder / "shape.json", json.dumps(asdict(shape))
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != said:  # of an earlier call
+        write_model(folder / "model", shape)
     seconds["model"] = time.perf_counter() - began
-    (folder / "shape.json").write_text(json.dumps(asdict(shape)), encoding="utf-8")
+    stamp.write_text(said, encoding="utf-8")
     return seconds
 
 

@@ -1,6 +1,7 @@
 """Run a program as it is, and note when the device ended each of its optimizer steps and how much memory it took.
 
-    python watch.py REPORT STEPS [--profile N] [--each] [--ready FILE] [--import NAME,NAME] -- PROGRAM.py ARGUMENT...
+    python watch.py REPORT STEPS [--profile N] [--each] [--limit GIB] [--ready FILE] [--import NAME,NAME] \
+        -- PROGRAM.py ARGUMENT...
     python watch.py REPORT STEPS ... -- -m MODULE ARGUMENT...
 
 PyTorch's hook behind every optimizer step leaves an event on the device's stream: nothing waits, so that the program
@@ -8,7 +9,8 @@ runs as it would alone. After STEPS the report is written, the profiler sees N m
 the process ends; nothing is saved, since what a trainer does behind its last step isn't asked for. With `--ready`, the
 modules are imported, the file is made, and a line on standard input is waited for: a process can import while the one
 before it still has the card. With `--each`, the report is written behind each step, with the step's own peak of memory:
-that waits for the device. Knows nothing of the program.
+that waits for the device. With `--limit`, the program sees a card of so much memory and no more. Knows nothing of the
+program.
 """
 
 from __future__ import annotations
@@ -129,6 +131,31 @@ class Watch:
 _VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "liger_kernel", "unsloth")
 
 
+def limit_card(limit_bytes: int) -> None:
+    """Let PyTorch's allocator have so much of the card, as a smaller one would, and let the program know: some look at
+    what is free before they choose how. Nothing on a CPU, or where the card is no larger.
+
+    The card isn't touched before the program does: how its allocator works is told by variables that tools set late.
+    The total stays what it is, since whoever asks for the fraction multiplies it with that.
+    """
+    import torch
+
+    whole = torch.cuda.mem_get_info
+
+    def as_smaller(device: Any = None) -> tuple[int, int]:
+        free, total = whole(device)
+        return max(0, min(free, limit_bytes - torch.cuda.memory_reserved(device))), total
+
+    def limit() -> None:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if limit_bytes < total:
+            torch.cuda.set_per_process_memory_fraction(limit_bytes / total)
+            torch.cuda.mem_get_info = as_smaller
+
+    if torch.cuda.is_available():
+        torch.cuda._lazy_call(limit)
+
+
 def main() -> None:
     """Import, wait, watch, run."""
     split = sys.argv.index("--")
@@ -137,6 +164,7 @@ def main() -> None:
     parser.add_argument("steps", type=int)
     parser.add_argument("--profile", type=int, default=0)
     parser.add_argument("--each", action="store_true")
+    parser.add_argument("--limit", type=float, help="GiB")
     parser.add_argument("--ready", type=Path)
     parser.add_argument("--import", dest="imports", default="")
     arguments = parser.parse_args(sys.argv[1:split])
@@ -150,6 +178,8 @@ def main() -> None:
         if not sys.stdin.readline():
             sys.exit("nobody is waiting")
     said["began"] = time.perf_counter()
+    if arguments.limit:
+        limit_card(int(arguments.limit * 2**30))
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(Watch(arguments, said))

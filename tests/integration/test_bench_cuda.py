@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_bench_runs_and_the_trainer_sees_the_same_steps(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "bench_cuda.py"), "--tiny", "--steps", "4", "--skipped", "2"]
     command += ["--only", "lora,trainer", "--profile", "lora", "--longest", "32,64", "--seconds", "400"]
+    command += ["--climb", "longest-lora", "--limit", "24"]
     done = subprocess.run(
         [*command, "--world", str(tmp_path), "--out", str(tmp_path / "out")],
         capture_output=True,
@@ -34,3 +35,4 @@ def test_the_bench_runs_and_the_trainer_sees_the_same_steps(tmp_path: Path) -> N
     assert (tmp_path / "out" / "profile-lora.txt").read_text().startswith("2 steps")
     (longest,) = [json.loads(line) for line in (tmp_path / "out" / "cuda-longest.jsonl").read_text().splitlines()]
     assert longest["way"] == "longest-lora" and len(longest["step_peaks"]) == 2 and "error" not in longest
+    assert longest["limit_bytes"] == 24 * 2**30 and longest["base"] == "bf16"

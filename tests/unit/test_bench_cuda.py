@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +19,12 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench.cuda_page import cuda_table, longest_table, write_cuda_page
-from bench.cuda_ways import CUDA_WAYS
+from bench.cuda_run import Asked, Child
+from bench.cuda_ways import CUDA_WAYS, CudaWay, chosen, climbers
 from bench.cuda_weights import write_safetensors
 from bench.cuda_world import SHAPES, Shape, write_ladder, write_rows
 from bench.profiles import Kernel, busy, class_of, page_of
+from bench.watch import limit_card
 from bench_cuda import figures
 
 from lora_cli.data.order import step_examples
@@ -56,12 +62,108 @@ def test_the_ladder_climbs_in_loras_order(tmp_path: Path) -> None:
 
 
 def test_the_longest_document_is_read_off_a_line() -> None:
-    """10 GiB at 1,000 tokens and 20 GiB at 2,000 of a card of 145 GiB: 14,500 tokens, rounded down."""
-    row = {"says": "lora", "ladder": [1000, 2000, 4000], "total_bytes": 145 * 2**30, "error": "exit code 2"}
-    peaks = {"step_peaks": [[10 * 2**30, 0], [20 * 2**30, 0]]}
-    lines = longest_table([row | peaks, row]).splitlines()
-    assert lines[2] == "| lora | 10.0 GiB | 20.0 GiB | - | 2,000 | 14,000 | exit code 2 |"
-    assert lines[3] == "| lora | - | - | - | - | - | exit code 2 |"
+    """10 GiB at 1,000 tokens and 20 GiB at 2,000 of 145 GiB: 14,500 tokens, rounded down; of 24 GiB: 2,400."""
+    row = {"says": "lora", "ladder": [1000, 2000, 4000], "total_bytes": 145 * 2**30, "error": "out of memory"}
+    peaks = {"step_peaks": [[10 * 2**30, 0], [20 * 2**30, 0]], "step_seconds": [2.25]}
+    flat = {"step_peaks": [[0, 0], [0, 0], [0, 0]], "step_seconds": [1.0, 4.0]}
+    lines = longest_table([row | peaks, row, row | peaks | {"limit_bytes": 24 * 2**30}, row | flat]).splitlines()
+    assert lines[2] == "| lora | 10.0 GiB | 20.0 GiB | - | 2,000 | 2.2 s | 14,000 | out of memory |"
+    assert lines[3] == "| lora | - | - | - | - | - | - | out of memory |"
+    assert lines[4].endswith("| 2,000 | 2.2 s | 2,000 | out of memory |")
+    assert lines[5].endswith("| 4,000 | 4.0 s | - | out of memory |")
+
+
+def test_each_ladder_has_a_table_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "measurements").mkdir()
+    page = tmp_path / "speed.md"
+    page.write_text("<!-- cuda: begin -->\n<!-- cuda: end -->\n")
+    way = {"way": "longest-lora", "says": "lora train", "card": "NVIDIA X", "base": "bf16", "ladder": [8, 16]}
+    done = {"step_peaks": [[2**30, 0], [2 * 2**30, 0]], "step_seconds": [0.5], "limit_bytes": None}
+    rows = [
+        way | done | {"error": "no end in time"},
+        way | done,  # once more, and it is the last that counts
+        way | done | {"limit_bytes": 24 * 2**30, "error": "out of memory"},
+        way | done | {"base": "nf4", "limit_bytes": 24 * 2**30},
+    ]
+    (tmp_path / "measurements" / "longest-x.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    write_cuda_page(tmp_path / "measurements", page)
+    text = page.read_text()
+    assert [line for line in text.splitlines() if line.startswith("One document")] == [
+        "One document in one step, base in bf16, NVIDIA X, all of it; peak of allocated memory:",
+        "One document in one step, base in bf16, NVIDIA X, 24.0 GiB of it; peak of allocated memory:",
+        "One document in one step, base in NF4, NVIDIA X, 24.0 GiB of it; peak of allocated memory:",
+    ]
+    assert "no end in time" not in text and text.count("| lora train |") == 3
+
+
+def test_ways_that_climb_are_chosen_by_name() -> None:
+    ways = climbers((8, 16), "nf4")
+    assert {(way.base, way.checkpointing, way.ladder) for way in ways} == {("nf4", True, (8, 16))}
+    assert [way.name for way in chosen(ways, "longest-trl,longest-lora", lambda _: False)] == [
+        "longest-trl",
+        "longest-lora",
+    ]
+    assert chosen(CUDA_WAYS, "none", lambda _: False) == []
+    assert [way.tool for way in chosen(ways, None, lambda way: way.tool != "lora")] == ["lora", "lora"]
+    with pytest.raises(SystemExit, match="no such way: longest-x; there are longest-lora, "):
+        chosen(ways, "longest-x", lambda _: False)
+
+
+@dataclass(frozen=True)
+class Told(CudaWay):
+    """A way whose program is given, and imports nothing before it."""
+
+    code: str = ""
+
+    def program(self, folder: Path, shape: Shape, steps: int) -> list[str]:
+        (folder / "program.py").write_text(self.code)
+        return [str(folder / "program.py")]
+
+
+STEPS = (
+    "import torch\nweight = torch.nn.Parameter(torch.zeros(3))\noptimizer = torch.optim.SGD([weight], lr=0.1)\n"
+    "for _ in range({}): optimizer.step()\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("raise RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB')", "out of memory"),
+        ("import torch; raise torch.OutOfMemoryError", "out of memory"),
+        ("raise ValueError('no such option')", "exit code 1"),
+        ("pass", "it ended before its steps were taken"),
+        (STEPS.format(1) + "raise SystemExit('error: out of memory at step 2')", "out of memory"),
+        (STEPS.format(2), None),
+    ],
+)
+def test_a_way_that_climbs_says_what_ended_it(tmp_path: Path, code: str, error: str | None) -> None:
+    way = Told("longest", "told", "unsloth", "bf16", True, (), (8, 16), code)
+    child = Child(way, Asked(tmp_path, SHAPES["tiny"], 4, limit_gib=24.0))
+    report = child.train(100, time.monotonic() + 200)
+    assert report.get("error") == error
+    assert len(report.get("step_peaks", ())) == code.count("range(1)") + 2 * code.count("range(2)")
+
+
+def test_a_smaller_card_is_pretended_only_once_the_program_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 GiB of 140: the fraction is set when CUDA begins, not before; 116 GiB free are 24 less what is held."""
+    queued: list[Any] = []
+    fractions: list[float] = []
+    card = {"mem_get_info": lambda device=None: (130 * 2**30, 140 * 2**30), "memory_reserved": lambda device: 2**30}
+    card |= {"is_available": lambda: True, "current_device": lambda: 0, "_lazy_call": queued.append}
+    card |= {"get_device_properties": lambda _: SimpleNamespace(total_memory=140 * 2**30)}
+    card |= {"set_per_process_memory_fraction": fractions.append}
+    for name, value in card.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    limit_card(24 * 2**30)
+    assert torch.cuda.mem_get_info() == (130 * 2**30, 140 * 2**30) and not fractions
+    queued[0]()
+    assert torch.cuda.mem_get_info() == (23 * 2**30, 140 * 2**30)
+    assert fractions == [pytest.approx(24 / 140)]
+    fractions.clear()
+    limit_card(200 * 2**30)
+    queued[1]()
+    assert not fractions
 
 
 def test_weights_written_through_memory_maps_are_read_back(tmp_path: Path) -> None:
