@@ -41,6 +41,8 @@ class Shape:
     vocabulary: int = 128_256
     documents: tuple[int, ...] = DOCUMENTS
     """Lengths of the rows of a step, in tokens."""
+    tied: bool = False
+    """Whether the head is the embedding."""
 
     @property
     def tokens(self) -> int:
@@ -122,8 +124,12 @@ def write_ladder(folder: Path, lengths: Sequence[int]) -> None:
     _write_documents(folder / "data" / "ladder.jsonl", folder / "ladder-steps.jsonl", [(n,) for n in lengths])
 
 
-def write_model(folder: Path, shape: Shape) -> None:
-    """Config and safetensors files; normal weights of deviation 0.02, norms of 1, as transformers begins."""
+def write_model(folder: Path, shape: Shape, *, end: int = 0, padding: int = 1) -> None:
+    """Config and safetensors files; normal weights of deviation 0.02, norms of 1, as transformers begins.
+
+    Args:
+        end, padding: token ids.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -145,14 +151,17 @@ def write_model(folder: Path, shape: Shape) -> None:
             "original_max_position_embeddings": 8192,
         },
         bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
+        eos_token_id=end,
+        pad_token_id=padding,
+        tie_word_embeddings=shape.tied,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tuple(each.shape) for name, each in LlamaForCausalLM(config).state_dict().items()}
+    if shape.tied:
+        del shapes["lm_head.weight"]
     write_safetensors(folder, shapes, drawn_weight, SHARDS)
 
 

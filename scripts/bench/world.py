@@ -72,15 +72,7 @@ class Facts:
 
 def make_world(folder: Path, shape: Shape) -> Facts:
     """Write model, tokenizer, `data/train.jsonl`, `steps.jsonl` and `facts.json` to `folder`."""
-    draw = np.random.Generator(np.random.PCG64(SEED))
-    words = _words(draw, shape.vocabulary)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    tokenizer = _write_tokenizer(folder / "model", words, shape.vocabulary)
-    sizes = [len(tokenizer(" " + word)["input_ids"]) for word in words]
-    rows = [_conversation(draw, words, sizes) for _ in range(shape.rows)]
-    with (folder / "data" / "train.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    vocabulary = len(tokenizer)
+    vocabulary = write_conversations(folder, shape.rows, shape.vocabulary)
     parameters, in_layers, in_head = _write_model(folder / "model", shape, vocabulary)
     lengths, supervised, steps = _write_steps(folder, shape)
     facts = Facts(
@@ -88,6 +80,19 @@ def make_world(folder: Path, shape: Shape) -> Facts:
     )
     (folder / "facts.json").write_text(json.dumps(asdict(facts)), encoding="utf-8")
     return facts
+
+
+def write_conversations(folder: Path, count: int, vocabulary: int) -> int:
+    """The tokenizer to `model`, and so many conversations to `data/train.jsonl`; how many tokens the tokenizer has."""
+    draw = np.random.Generator(np.random.PCG64(SEED))
+    words = _words(draw, vocabulary)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    tokenizer = _write_tokenizer(folder / "model", words, vocabulary)
+    sizes = [len(tokenizer(" " + word)["input_ids"]) for word in words]
+    rows = [_conversation(draw, words, sizes) for _ in range(count)]
+    with (folder / "data" / "train.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return len(tokenizer)
 
 
 def _words(draw: Generator, count: int) -> list[str]:

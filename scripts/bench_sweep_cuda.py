@@ -1,0 +1,293 @@
+"""`lora sweep` of eight adapters on a CUDA card, both ways, beside runs of `lora train`: Llama-3.2-1B's shape in bf16.
+
+    python scripts/bench_sweep_cuda.py --seconds 240 --out OUT
+    python scripts/bench_sweep_cuda.py --tiny --steps 6            a tiny shape, on a CPU too; its figures mean nothing
+
+Needs no network: model, tokenizer and chat rows are made. For each number of rows a step: the sweep in turn, which is
+what a card takes by itself for this model; and side by side, which is what `train.fused: false` makes it take. `--runs`
+of the eight are run alone, with as many rows as the first number says; eight of them count as the mean times eight.
+
+*Whole* is a process from its first import to its end, its waiting for the card left out; *steps* are what it counts as
+training; *a round* is the median step of all eight members together, the first `--skipped` left out. bfloat16 isn't
+reproducible to the bit on a card, where attention's way back adds in whatever order: losses may differ by 2e-3 of
+their size. A row of JSON for each way and size goes to `OUT/cuda-sweep.jsonl`, all logs beside it. Nothing runs past
+`--seconds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.cuda_run import child_environment
+from bench.cuda_ways import LORA_IMPORTS
+from bench.cuda_world import Shape, write_model
+from bench.relay import Done, Waiting
+from bench.world import lora_settings, write_conversations
+from bench_cuda import LEAST_SECONDS, card, commit
+from bench_sweep import GRID
+
+SHAPES = {"1b": Shape(2048, 8192, 16, 32, 8, 128_256, tied=True), "tiny": Shape(32, 64, 2, 4, 2, 8192, tied=True)}
+TOLERANCE = 2e-3
+VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+FUSED, SIDE_BY_SIDE = (), ("--set", "train.fused=false")
+Losses = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command."""
+
+    name: str
+    arguments: tuple[str, ...]
+    way: str
+    """`warm`, `alone`, `in turn`, `side by side`."""
+    size: int
+    """Rows a step."""
+    output: Path
+
+    @property
+    def is_sweep(self) -> bool:
+        return self.way in ("in turn", "side by side")
+
+
+def main() -> int:
+    """Make the world, run the commands, print as they come."""
+    arguments = parse()
+    ends = time.monotonic() + arguments.seconds
+    folder = arguments.world / "bench-sweep"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "logs").mkdir(parents=True)
+    sizes = [int(size) for size in arguments.sizes.split(",")]
+    jobs = planned(folder, sizes, arguments)
+    environment = child_environment(None) | {"LORA_CACHE_DIR": str(folder / "cache")}
+    first = waiting(jobs[0], folder, environment)  # while the world is made
+    command = [sys.executable, __file__, "--make", str(folder), "tiny" if arguments.tiny else "1b"]
+    subprocess.run([*command, "--steps", str(arguments.steps), "--sizes", arguments.sizes], check=True, env=environment)
+    common = {"commit": arguments.commit or commit(), **card(), "versions": versions(), "members": 8}
+    table = Table(arguments.skipped, sizes[0], common)
+    for job, done in run_all(first, jobs, folder, environment, arguments.most, ends):
+        row = table.add(job, done)
+        print(said(job, done, row), flush=True)
+        if row is not None:
+            with (arguments.out / "cuda-sweep.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        shutil.rmtree(job.output, ignore_errors=True)
+    with tarfile.open(arguments.out / "sweep-logs.tar.gz", "w:gz") as archive:
+        archive.add(folder / "logs", "logs")
+    shutil.rmtree(folder)
+    return int(table.failed)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=240, help="for all of it (%(default)s)")
+    parser.add_argument("--most", type=float, default=80, help="seconds for one command, imports aside (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="of each member (%(default)s)")
+    parser.add_argument("--skipped", type=int, default=5, help="first steps that no median counts (%(default)s)")
+    parser.add_argument("--sizes", default="16,2", help="rows a step, in this order (%(default)s)")
+    parser.add_argument("--runs", type=int, default=2, help="of the eight, that are run alone too (%(default)s)")
+    parser.add_argument("--world", type=Path, default=Path("/dev/shm"), help="where all goes (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(".bench"), help="where rows and logs go (%(default)s)")
+    parser.add_argument("--commit", help="of this code, where there is no repository")
+    parser.add_argument("--tiny", action="store_true", help="a model of two layers, 32 wide")
+    parser.add_argument("--make", nargs=2, metavar=("FOLDER", "SHAPE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.make:  # a process of its own, so that the one that measures holds nothing on the card
+        rows = arguments.steps * max(map(int, arguments.sizes.split(",")))
+        make_world(Path(arguments.make[0]), SHAPES[arguments.make[1]], rows)
+        sys.exit()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.world = arguments.world.absolute()
+    return arguments
+
+
+def make_world(folder: Path, shape: Shape, rows: int) -> None:
+    """Model, tokenizer and chat rows, as skewed as those of the bench on a CPU."""
+    write_conversations(folder, rows, 8000)
+    write_model(folder / "model", shape, end=2, padding=0)
+
+
+def planned(folder: Path, sizes: Sequence[int], arguments: argparse.Namespace) -> list[Job]:
+    """The commands in their order, and a config for each number of rows: one that fills the caches, so that all others
+    find what a user's second command does; `--runs` alone, and the sweeps."""
+    from lora_cli.config import load_grid
+
+    configs = {size: _config(folder, size, arguments.steps) for size in sizes}
+    members = load_grid(configs[sizes[0]], (), GRID).members
+
+    def train(name: str, member: Any, *more: str) -> Job:
+        own = [part for key, value in member.changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+        output = folder / "runs" / name
+        given = ("train", str(configs[sizes[0]]), *own, *more, "--output-dir", str(output))
+        return Job(name, given, "warm" if more else "alone", sizes[0], output)
+
+    def sweep(name: str, way: str, size: int, *more: str) -> Job:
+        grid = [part for option in GRID for part in ("--grid", option)]
+        output = folder / "runs" / name
+        return Job(name, ("sweep", str(configs[size]), *grid, *more, "--output-dir", str(output)), way, size, output)
+
+    # Members of both ranks, and of other rates: a wrong one would show in its losses.
+    chosen = [members[(3 * number + 1) % 8] for number in range(min(arguments.runs, 8))]
+    jobs = [train("warm", members[0], "--set", "train.max_steps=3")]
+    jobs += [train(member.name, member) for member in chosen]
+    for size in sizes:
+        jobs.append(sweep(f"in-turn-{size}", "in turn", size, *FUSED))
+        jobs.append(sweep(f"side-by-side-{size}", "side by side", size, *SIDE_BY_SIDE))
+    return jobs
+
+
+def _config(folder: Path, size: int, steps: int) -> Path:
+    settings: Any = lora_settings(folder, "bfloat16")
+    settings["train"] |= {"batch_size": size, "max_steps": steps}
+    path = folder / f"rows-{size}.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
+def waiting(job: Job, folder: Path, environment: dict[str, str]) -> Waiting:
+    return Waiting(job.arguments, LORA_IMPORTS, folder / "logs" / f"{job.name}.txt", environment)
+
+
+def run_all(
+    first: Waiting, jobs: Sequence[Job], folder: Path, environment: dict[str, str], most: float, ends: float
+) -> Iterator[tuple[Job, Done]]:
+    """Each command, as long as there is time; the next one imports while one runs."""
+    child = first
+    for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+        left = ends - time.monotonic()
+        if left < LEAST_SECONDS:
+            print(f"no time is left for {job.name} and what follows")
+            child.end()
+            return
+        after = waiting(following, folder, environment) if following else None
+        yield job, child.run(min(most, left))
+        if after:
+            child = after
+
+
+class Table:
+    """What the commands came to, and rows as soon as all of them can be told."""
+
+    def __init__(self, skipped: int, alone_size: int, common: dict[str, Any]) -> None:
+        self.skipped, self.alone_size, self.common = skipped, alone_size, common
+        self.failed = False
+        self._alone: list[dict[str, Any]] = []
+        self._losses: dict[tuple[str, int], Losses] = {}
+
+    def add(self, job: Job, done: Done) -> dict[str, Any] | None:
+        """A sweep's row, also of one that failed; of other commands None."""
+        self.failed |= done.error is not None
+        asked = {"way": job.way, "rows_per_step": job.size}
+        if done.error is not None:
+            last = "\n".join(done.log.splitlines()[-12:])[-1500:]
+            return asked | {"error": done.error, "last_lines": last} | self.common if job.is_sweep else None
+        if job.way == "warm":
+            return None
+        runs = sorted(file.parent for file in job.output.rglob("metrics.jsonl"))
+        lines = {run.name: _steps(run) for run in runs}
+        found = self._figures(lines, done)
+        self._losses[job.way if job.is_sweep else job.name, job.size] = {
+            name: [line["loss"] for line in each] for name, each in lines.items()
+        }
+        if not job.is_sweep:
+            own = json.loads((job.output / "summary.json").read_text(encoding="utf-8"))
+            self._alone.append(found | {"step_seconds": own["train_seconds"]})
+            return None
+        board = json.loads((job.output / "leaderboard.json").read_text(encoding="utf-8"))
+        found |= {"step_seconds": board["train_seconds"]} | self._runs(job) | self._apart(job)
+        self.failed |= any(value > TOLERANCE for key, value in found.items() if key.startswith("largest_"))
+        return asked | found | self.common
+
+    def _figures(self, lines: dict[str, list[dict[str, Any]]], done: Done) -> dict[str, Any]:
+        """Of one command: its seconds, and the median of its rounds."""
+        taken = [[line["num_tokens"] / line["tokens_per_second"] for line in each] for each in lines.values()]
+        rounds = [sum(each) for each in zip(*taken, strict=True)][self.skipped :]
+        every = [line["num_tokens"] for each in lines.values() for line in each]
+        return {
+            "steps": len(taken[0]),
+            "tokens_per_step": statistics.fmean(every),
+            "seconds": done.seconds,
+            "round_seconds": statistics.median(rounds),
+            "rounds_seconds": rounds,
+            "peak_memory_bytes": max((line["peak_memory_bytes"] or 0) for each in lines.values() for line in each),
+        }
+
+    def _runs(self, job: Job) -> dict[str, Any]:
+        """Eight runs alone, by those that were measured; where they had as many rows a step."""
+        if job.size != self.alone_size or not self._alone:
+            return {"runs_measured": 0}
+        keys = ("seconds", "step_seconds", "round_seconds")
+        counted = {f"runs_{key}": 8 * statistics.fmean(each[key] for each in self._alone) for key in keys}
+        return {"runs_measured": len(self._alone)} | counted
+
+    def _apart(self, job: Job) -> dict[str, Any]:
+        """The largest difference of a loss, as a share of it: from the runs alone, and from the members in turn."""
+        own, found = self._losses[job.way, job.size], {}
+        alone = {name: each for (name, size), each in self._losses.items() if size == job.size and name in own}
+        if alone:
+            found["largest_difference_from_alone"] = max(
+                _apart(own[name], losses) for name, each in alone.items() for losses in each.values()
+            )
+        in_turn = self._losses.get(("in turn", job.size))
+        if job.way == "side by side" and in_turn is not None:
+            found["largest_difference_from_in_turn"] = max(_apart(own[name], in_turn[name]) for name in own)
+        return found
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(one, other, strict=True))
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def said(job: Job, done: Done, row: dict[str, Any] | None) -> str:
+    """A few lines as soon as a command is over."""
+    began = f"{job.name}: {done.seconds:.1f} s whole, of which imports {done.import_seconds:.1f} s"
+    if done.error:
+        return f"{job.name}: {done.error} after {done.run_seconds:.0f} s\n" + "\n".join(done.log.splitlines()[-12:])
+    if row is None:
+        return began
+    lines = [f"{began}, steps {row['step_seconds']:.1f} s, a round {1000 * row['round_seconds']:.1f} ms"]
+    lines += [f"  {row['steps']} steps of 8 members, {row['tokens_per_step']:,.0f} tokens each"]
+    if row["runs_measured"]:
+        whole, steps, a_round = (row[f"runs_{key}"] for key in ("seconds", "step_seconds", "round_seconds"))
+        lines += [
+            f"  8 runs, by {row['runs_measured']}: whole {whole:.1f} s, {whole / row['seconds']:.2f} times",
+            f"    steps {steps:.1f} s, {steps / row['step_seconds']:.2f} times",
+            f"    a round {1000 * a_round:.1f} ms, {a_round / row['round_seconds']:.2f} times",
+        ]
+    for key, value in row.items():
+        if key.startswith("largest_"):
+            lines += [f"  {key.replace('_', ' ')}: {value:.1e}{' TOO MUCH' if value > TOLERANCE else ''}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
