@@ -4,8 +4,9 @@
     python scripts/bench_sweep_cuda.py --tiny --steps 6            a tiny shape, on a CPU too; its figures mean nothing
 
 Needs no network: model, tokenizer and chat rows are made. For each number of rows a step: the sweep in turn, which is
-what a card takes by itself for this model; and side by side, which is what `train.fused: false` makes it take. `--runs`
-of the eight are run alone, with as many rows as the first number says; eight of them count as the mean times eight.
+what a card takes by itself for this model; and side by side, which is what `train.fused: false` makes it take, with
+`--row-tokens` for a row of all members, since `auto` is no more than a step of one run needs. `--runs` of the eight are
+run alone, with as many rows as the first number says; eight of them count as the mean times eight.
 
 *Whole* is a process from its first import to its end, its waiting for the card left out; *steps* are what it counts as
 training; *a round* is the median step of all eight members together, the first `--skipped` left out. bfloat16 isn't
@@ -41,7 +42,6 @@ from bench_sweep import GRID
 SHAPES = {"1b": Shape(2048, 8192, 16, 32, 8, 128_256, tied=True), "tiny": Shape(32, 64, 2, 4, 2, 8192, tied=True)}
 TOLERANCE = 2e-3
 VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes")
-FUSED, SIDE_BY_SIDE = (), ("--set", "train.fused=false")
 Losses = dict[str, list[float]]
 
 
@@ -98,6 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="of each member (%(default)s)")
     parser.add_argument("--skipped", type=int, default=5, help="first steps that no median counts (%(default)s)")
     parser.add_argument("--sizes", default="16,2", help="rows a step, in this order (%(default)s)")
+    parser.add_argument("--row-tokens", type=int, default=32_768, help="side by side, of all members (%(default)s)")
     parser.add_argument("--runs", type=int, default=2, help="of the eight, that are run alone too (%(default)s)")
     parser.add_argument("--world", type=Path, default=Path("/dev/shm"), help="where all goes (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(".bench"), help="where rows and logs go (%(default)s)")
@@ -144,8 +145,9 @@ def planned(folder: Path, sizes: Sequence[int], arguments: argparse.Namespace) -
     jobs = [train("warm", members[0], "--set", "train.max_steps=3")]
     jobs += [train(member.name, member) for member in chosen]
     for size in sizes:
-        jobs.append(sweep(f"in-turn-{size}", "in turn", size, *FUSED))
-        jobs.append(sweep(f"side-by-side-{size}", "side by side", size, *SIDE_BY_SIDE))
+        jobs.append(sweep(f"in-turn-{size}", "in turn", size))
+        row = ("--set", "train.fused=false", "--set", f"train.micro_batch_tokens={arguments.row_tokens}")
+        jobs.append(sweep(f"side-by-side-{size}", "side by side", size, *row))
     return jobs
 
 
