@@ -20,6 +20,7 @@ from lora_cli.data.order import steps_per_epoch
 from lora_cli.data.preview import Preview, packed, preview_examples
 from lora_cli.engine.assembly import make_computation
 from lora_cli.engine.memory.context import context_bytes
+from lora_cli.engine.memory.need import Rehearsals
 from lora_cli.engine.memory.settling import UNASKED_TOKENS, Settled, settle_memory
 from lora_cli.engine.optimizers import warmup_steps
 from lora_cli.engine.selftest import Proof, prove_run
@@ -57,6 +58,8 @@ class Prepared:
     validation: Examples | None
     proof: Proof
     plan: Plan
+    rehearsals: Rehearsals | None = None
+    """What its memory was estimated by, on a card."""
 
 
 def parameter_report(config: Config) -> ParameterReport:
@@ -109,7 +112,7 @@ def prepare(
     """Read everything that the run needs but the weights, prove how it will run, and make its plan.
 
     Args:
-        beside: a run on the same base, data and computation, whose tokenizer, rows and proof are taken over.
+        beside: a run on the same base, data and computation; its tokenizer, rows, proof and rehearsals are taken over.
 
     Raises:
         UserError: a mistake in config, data, model or tokenizer that can be known by now.
@@ -142,7 +145,8 @@ def prepare(
     proof = (
         beside.proof if beside is not None and _same_way(beside, config) else prove_run(config, architecture, device)
     )
-    settled = _settle(_resolve(config, device, proof), architecture, proof, device, emit)
+    rehearsed = beside.rehearsals if beside is not None and proof is beside.proof else None
+    settled = _settle(_resolve(config, device, proof), architecture, proof, device, rehearsed, emit)
     resolved = settled.config
     steps = _steps(resolved, len(train))
     plan = Plan(
@@ -174,7 +178,7 @@ def prepare(
             *([settled.warning] if settled.warning else ()),
         ),
     )
-    return Prepared(resolved, architecture, tokenizer, stops, train, validation, proof, plan)
+    return Prepared(resolved, architecture, tokenizer, stops, train, validation, proof, plan, settled.rehearsals)
 
 
 def _same_rows(beside: Prepared, seed: int) -> bool:
@@ -266,7 +270,14 @@ def _resolve(config: Config, device: torch.device, proof: Proof) -> Config:
     return config.model_copy(update={"model": model, "adapter": adapter, "train": train})
 
 
-def _settle(config: Config, architecture: PretrainedConfig, proof: Proof, device: torch.device, emit: Emit) -> Settled:
+def _settle(
+    config: Config,
+    architecture: PretrainedConfig,
+    proof: Proof,
+    device: torch.device,
+    rehearsed: Rehearsals | None,
+    emit: Emit,
+) -> Settled:
     """The memory `auto`s: fixed on a CPU, asked of the estimator on a card."""
     import torch
 
@@ -274,7 +285,7 @@ def _settle(config: Config, architecture: PretrainedConfig, proof: Proof, device
         emit(Working("estimating memory"))
         free, _ = torch.cuda.mem_get_info(device)
         target = target_of(device)
-        return settle_memory(config, architecture, proof, target, free + context_bytes(target))
+        return settle_memory(config, architecture, proof, target, free + context_bytes(target), rehearsed)
     train = config.train
     tokens, checkpointing = train.micro_batch_tokens, train.gradient_checkpointing
     settled = train.model_copy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -92,6 +92,23 @@ class Need:
         return self._capped[room]
 
 
+_OF_NO_SIZE: dict[str, Any] = {
+    "output_dir": True,
+    "adapter": {"lora_alpha"},
+    "train": {
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+    },
+}
+"""Settings that no tensor's size follows from: members of a sweep that differ in these alone are rehearsed once."""
+
+
 class Rehearsals:
     """Needs of variants of one config, each rehearsed once.
 
@@ -109,7 +126,7 @@ class Rehearsals:
 
     def need(self, config: Config, target: Target) -> Need:
         """The need of `config`; `micro_batch_tokens` and `gradient_checkpointing` must be resolved."""
-        key = (config.model_dump_json(), target)
+        key = (config.model_dump_json(exclude=_OF_NO_SIZE), target)
         if key not in self._known:
             computation = self.computation(config, target)
             tokens = config.train.micro_batch_tokens
@@ -117,7 +134,7 @@ class Rehearsals:
             shape = worst_micro_batches(config, tokens, computation)
             replayed, trace = self._replayed(key[0], config, target, shape)
             self._known[key] = Need(config, target, shape, replayed, trace, self.expandable)
-        return self._known[key]
+        return replace(self._known[key], config=config)
 
     def _replayed(self, name: str, config: Config, target: Target, shape: MicroBatches) -> tuple[Replay, Trace]:
         """Ampere and what came after it run the same kernels; only cuBLAS's workspace differs."""

@@ -29,21 +29,29 @@ class Settled:
     config: Config
     memory: Memory | None
     warning: str | None = None
+    rehearsals: Rehearsals | None = None
+    """What was rehearsed for that, of which a run beside it may make use."""
 
 
 def settle_memory(
-    config: Config, architecture: PretrainedConfig, proof: Proof, target: Target, card_bytes: int
+    config: Config,
+    architecture: PretrainedConfig,
+    proof: Proof,
+    target: Target,
+    card_bytes: int,
+    rehearsals: Rehearsals | None = None,
 ) -> Settled:
     """Resolve `micro_batch_tokens` and `gradient_checkpointing` for a card; what is given stays as it is.
 
     Args:
         card_bytes: of the card, minus what other processes hold.
+        rehearsals: of another run on the same base, proven to go the same way.
     """
     try:
-        rehearsals = Rehearsals(architecture, proof, expandable=asked_for(os.environ))
+        rehearsals = rehearsals or Rehearsals(architecture, proof, expandable=asked_for(os.environ))
         found = choose(rehearsals, config, target, card_bytes)
         if found is not None:
-            return Settled(found.config, _memory(found, card_bytes))
+            return Settled(found.config, _memory(found, card_bytes), rehearsals=rehearsals)
         least = rehearsals.need(_with(config, config.data.max_length), target)
     except (LoraError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         # Whatever an architecture's own code does on a device without data; the run itself has real ones.
@@ -53,7 +61,7 @@ def settle_memory(
         f"by the estimate it does not fit: {least.process_bytes / 2**30:.1f} of {card_bytes / 2**30:.1f} GiB at "
         f"{least.config.train.micro_batch_tokens:,} tokens a micro-batch, and {MARGIN:.0%} are kept free"
     )
-    return Settled(least.config, _memory(least, card_bytes), warning)
+    return Settled(least.config, _memory(least, card_bytes), warning, rehearsals)
 
 
 def _with(config: Config, tokens: int) -> Config:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.config import Config
+from lora_cli.engine.memory.need import Rehearsals
+from lora_cli.engine.memory.rehearsal import rehearse
 from lora_cli.engine.memory.settling import settle_memory
 from lora_cli.engine.selftest import prove
 from lora_cli.engine.target import Target
@@ -17,7 +19,7 @@ AMPERE = Target("cuda", (8, 0))
 GIB = 2**30
 
 
-def settle(card_gib: float, **train: object):
+def settle(card_gib: float, beside: Rehearsals | None = None, **train: object):
     config = Config.model_validate(
         {
             "model": {"name_or_path": str(MODEL), "dtype": "bfloat16"},
@@ -27,7 +29,8 @@ def settle(card_gib: float, **train: object):
         }
     )
     architecture = read_architecture(config.model)
-    return settle_memory(config, architecture, prove(architecture, config.adapter), AMPERE, int(card_gib * GIB))
+    proof = prove(architecture, config.adapter)
+    return settle_memory(config, architecture, proof, AMPERE, int(card_gib * GIB), beside)
 
 
 def test_a_roomy_card_gets_a_large_micro_batch_without_checkpointing():
@@ -58,3 +61,25 @@ def test_what_is_given_stays_and_a_card_too_small_is_said():
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_checkpointing_that_is_asked_for_is_kept(checkpointing: bool):
     assert settle(40, gradient_checkpointing=checkpointing).config.train.gradient_checkpointing is checkpointing
+
+
+def test_a_run_beside_another_is_rehearsed_only_where_its_tensors_are_others(monkeypatch: pytest.MonkeyPatch):
+    """A sweep's members: those that differ in numbers alone keep their own numbers, and cost no rehearsal."""
+    rehearsed: list[int] = []
+
+    def counted(config: Config, *others: object):
+        rehearsed.append(config.adapter.r)
+        return rehearse(config, *others)
+
+    monkeypatch.setattr("lora_cli.engine.memory.need.rehearse", counted)
+    first = settle(80)
+    own = len(rehearsed)
+    assert own > 0
+    like = settle(80, first.rehearsals, learning_rate=1e-3, weight_decay=0.1)
+    assert len(rehearsed) == own
+    assert (like.config.train.learning_rate, like.config.train.weight_decay) == (1e-3, 0.1)
+    assert first.config.train.learning_rate != 1e-3
+    assert like.memory == first.memory and like.config.train.micro_batch_tokens == first.config.train.micro_batch_tokens
+    other = settle(80, first.rehearsals, optim="sgd")
+    assert len(rehearsed) == 2 * own and other.memory != first.memory
+    assert other.memory == settle(80, optim="sgd").memory
