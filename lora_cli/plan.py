@@ -131,6 +131,8 @@ class Engine:
     """The largest dropout probability that is active in the model; above 0, results depend on the packing."""
     notes: tuple[str, ...] = ()
     """Why something runs the slower way."""
+    activation_offloading: bool = False
+    """Checkpointed layers keep their inputs in host memory."""
     fusion: str | None = None
     """What runs by the fused arithmetic: `native` (whole layers on compiled kernels), `layers`, `linears`, or
     nothing."""

@@ -161,6 +161,13 @@ def _schedule(config: Config) -> Iterator[Contradiction]:
         yield Contradiction("train.warmup_steps", "constant has no warm-up", hint, on_kind)
 
 
+def _offloading(config: Config) -> Iterator[Contradiction]:
+    if config.train.activation_offloading is True and config.train.gradient_checkpointing is False:
+        message = "only checkpointed layers keep nothing but their input, which can be offloaded"
+        hint = "set train.gradient_checkpointing: true, or leave it out"
+        yield Contradiction("train.activation_offloading", message, hint, ("train.gradient_checkpointing",))
+
+
 def _trackers(config: Config) -> Iterator[Contradiction]:
     trackers = config.train.report_to
     twice = sorted({name for name in trackers if trackers.count(name) > 1})
@@ -186,6 +193,7 @@ _RULES: tuple[Rule, ...] = (
     _weights,
     _validation_needed,
     _schedule,
+    _offloading,
     _trackers,
     _sweep,
 )

@@ -74,6 +74,7 @@ KEYS: dict[str, str] = {
     "train.gradient_checkpointing": (
         "enable_activation_checkpointing activation_checkpointing use_gradient_checkpointing grad_checkpoint"
     ),
+    "train.activation_offloading": "enable_activation_offloading offload_activations cpu_offload_activations",
     "train.logging_steps": "log_every_n_steps log_steps log_interval steps_per_report",
     "train.eval_steps": (
         "evals_per_epoch eval_strategy evaluation_strategy do_eval run_val_every_n_steps steps_per_eval "

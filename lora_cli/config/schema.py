@@ -236,6 +236,9 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass. Less memory, about a third more time."""
 
+    activation_offloading: Literal["auto"] | bool = "auto"
+    """With checkpointing, keep each layer's input in host memory meanwhile. auto does so where nothing else fits."""
+
     loss: Literal["chunked", "full"] = "chunked"
     """chunked never holds all logits. full is transformers' own loss, for comparisons."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_cli.config import Config
 from lora_cli.engine.computation import Computation
+from lora_cli.engine.offloading import offload
 from lora_cli.engine.selftest import Proof
 from lora_cli.engine.target import target_of
 from lora_cli.model.adapter import attach_adapter
@@ -61,19 +62,32 @@ def make_trainable(
 
 def attach(base: PreTrainedModel, config: Config, computation: Computation) -> PreTrainedModel | PeftModel:
     """`make_trainable` for a base whose embeddings have their size; needs no tokenizer."""
-    if config.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.adapter is None:
+        _checkpoint(base, config)
         computation.prepare(base)
         base.requires_grad_(True)
         base.train()
         return base
     model = attach_adapter(base, config.adapter, seed=config.train.seed)
+    _checkpoint(causal_lm(model), config)
     computation.prepare(causal_lm(model))
     model.train()
     if computation.dtype != torch.float32:
         leave_casting_to_autocast(model)
     return model
+
+
+def _checkpoint(model: PreTrainedModel, config: Config) -> None:
+    """Checkpoint the layers, if the config says so; an adapter is attached by now.
+
+    transformers and PEFT make the embedding's output need a gradient, which only reentrant checkpointing asks for: it
+    keeps that output, takes its gradient's memory, and has the first layer compute one for nobody.
+    """
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
+        if config.train.activation_offloading is True:
+            offload(model)
 
 
 def leave_casting_to_autocast(model: nn.Module) -> None:

@@ -162,6 +162,7 @@ def prepare(
             packing=proof.packing,
             loss=proof.loss,
             gradient_checkpointing=bool(resolved.train.gradient_checkpointing),
+            activation_offloading=bool(resolved.train.activation_offloading),
             dropout=largest_dropout(model),
             notes=proof.notes,
             fusion=make_computation(resolved, proof, device).fusion,
@@ -287,11 +288,16 @@ def _settle(
         target = target_of(device)
         return settle_memory(config, architecture, proof, target, free + context_bytes(target), rehearsed)
     train = config.train
-    tokens, checkpointing = train.micro_batch_tokens, train.gradient_checkpointing
+    tokens, checkpointing, offloading = (
+        train.micro_batch_tokens,
+        train.gradient_checkpointing,
+        train.activation_offloading,
+    )
     settled = train.model_copy(
         update={
             "micro_batch_tokens": AUTO_MICRO_BATCH_TOKENS["cpu"] if tokens == "auto" else tokens,
-            "gradient_checkpointing": False if checkpointing == "auto" else checkpointing,
+            "gradient_checkpointing": offloading is True if checkpointing == "auto" else checkpointing,
+            "activation_offloading": False if offloading == "auto" else offloading,
         }
     )
     return Settled(config.model_copy(update={"train": settled}), None)

@@ -45,6 +45,7 @@ def describe(
         micro_batch_tokens=need.shape.num_tokens,
         document_lengths=need.shape.document_lengths,
         gradient_checkpointing=bool(need.config.train.gradient_checkpointing),
+        activation_offloading=bool(need.config.train.activation_offloading),
         card=None if card is None else card.name,
         card_bytes=None if card is None else card.memory_bytes,
         verdict=verdict,
@@ -56,6 +57,7 @@ def describe(
         assumptions=(*_assumptions(need, card), *notes),
         flops_per_token=need.flops_per_token,
         tflops=tflops,
+        host_bytes=need.trace.host_bytes,
         expandable=need.expandable,
         expandable_process_bytes=expandable.process_bytes,
         expandable_fits=None if card is None else expandable.fits(card.memory_bytes),
@@ -73,6 +75,8 @@ def _assumptions(need: Need, card: Card | None) -> list[str]:
         f"the worst case: full micro-batches of examples of {longest:,} tokens, every token supervised",
         "one process alone on the card",
     ]
+    if need.trace.host_bytes:
+        lines.append(f"layers' inputs in host memory, {need.trace.host_bytes / GIB:.1f} GiB of it page-locked")
     if card is not None:
         lines.append(f"{MARGIN:.0%} of what is reserved is kept free")
     if card is not None and not card.source:

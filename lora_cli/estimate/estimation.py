@@ -133,13 +133,15 @@ def usual(config: Config) -> Config:
         config,
         micro_batch_tokens=USUAL_TOKENS if tokens == "auto" else tokens,
         gradient_checkpointing=True if checkpointing == "auto" else checkpointing,
+        activation_offloading=config.train.activation_offloading is True,
     )
 
 
 def least(config: Config) -> Config:
-    """`auto` where memory is short: one longest example at a time, with checkpointing."""
-    tokens = config.train.micro_batch_tokens
-    return usual(with_train(config, micro_batch_tokens=config.data.max_length if tokens == "auto" else tokens))
+    """`auto` where memory is short: one longest example at a time, with checkpointing, layers' inputs on the host."""
+    from lora_cli.engine.memory.settling import frugal
+
+    return frugal(config, config.data.max_length)
 
 
 def card_verdicts(question: Question, need: Need, emit: Emit = ignore) -> tuple[CardVerdict, ...]:
@@ -178,7 +180,7 @@ def _need(question: Question) -> tuple[Need, int | None]:
 
     target = target_of(question.card)
     train = question.config.train
-    open_ = "auto" in (train.micro_batch_tokens, train.gradient_checkpointing)
+    open_ = "auto" in (train.micro_batch_tokens, train.gradient_checkpointing, train.activation_offloading)
     if question.card is None or not open_:
         return question.rehearsals.need(usual(question.config), target), None
     chosen = choose(question.rehearsals, question.config, target, question.card.memory_bytes)

@@ -52,6 +52,10 @@ def _steps(config: Config) -> Iterator[tuple[tuple[str, ...], str, Changes]]:
     if not train.gradient_checkpointing:
         setting = "train.gradient_checkpointing=true"
         yield (setting,), "same result, a third more time", {"train": {"gradient_checkpointing": True}}
+    if not train.activation_offloading:
+        setting = "train.activation_offloading=true"
+        both: dict[str, object] = {"gradient_checkpointing": True, "activation_offloading": True}
+        yield (setting,), "same result, layers' inputs in host memory", {"train": both}
     if train.optim in ("adamw_torch", "adamw_torch_fused"):
         yield ("train.optim=adamw_8bit",), "optimizer state in 8 bits", {"train": {"optim": "adamw_8bit"}}
     if config.adapter is not None and model.quantization is None:
@@ -78,5 +82,7 @@ def _resolved(asked: Config, resolved: Config) -> Iterator[str]:
     """Settings that were `auto` and that the changes start from."""
     if asked.train.gradient_checkpointing == "auto" and resolved.train.gradient_checkpointing:
         yield "train.gradient_checkpointing=true"
+    if asked.train.activation_offloading == "auto" and resolved.train.activation_offloading:
+        yield "train.activation_offloading=true"
     if asked.train.micro_batch_tokens == "auto":
         yield f"train.micro_batch_tokens={resolved.train.micro_batch_tokens}"

@@ -72,6 +72,8 @@ class Estimate:
     micro_batch_tokens: int
     document_lengths: tuple[int, ...]
     gradient_checkpointing: bool
+    activation_offloading: bool
+    """Checkpointed layers keep their inputs in host memory."""
     card: str | None
     card_bytes: int | None
     verdict: Verdict | None
@@ -88,6 +90,8 @@ class Estimate:
     """Operations of products and attention to train on one token, recomputed layers included."""
     tflops: float | None = None
     """10^12 operations a second that the card is said to sustain."""
+    host_bytes: int = 0
+    """Page-locked host memory that layers' inputs take."""
     expandable: bool = False
     """The figures are those under PyTorch's `expandable_segments`."""
     expandable_process_bytes: int | None = None

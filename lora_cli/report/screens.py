@@ -114,6 +114,8 @@ def engine_words(engine: Engine) -> str:
     """How the step is carried out."""
     processes = f" x {engine.processes}" if engine.processes > 1 else ""
     checkpointing = "gradient checkpointing" if engine.gradient_checkpointing else "no gradient checkpointing"
+    if engine.activation_offloading:
+        checkpointing += " with layers' inputs in host memory"
     dropout = f", dropout {engine.dropout:g}" if engine.dropout else ""
     tokens = numbers.counted(engine.micro_batch_tokens, "token")
     return (

@@ -141,7 +141,7 @@ class SideBySide:
         if self.micro_batch_tokens <= longest:
             raise TrainingError(
                 f"out of memory with one row of one member at a time ({longest:,} tokens)",
-                remedy="Fewer members, shorter rows (data.max_length), train.gradient_checkpointing: true, or\n"
+                remedy="Fewer members, shorter rows (data.max_length), train.activation_offloading: true, or\n"
                 "model.quantization: {type: nf4} need less.",
             )
         self.micro_batch_tokens = max(self.micro_batch_tokens // 2, 1)

@@ -13,6 +13,7 @@ HARMLESS = frozenset(
     {"output_dir", "data.cache", "train.logging_steps", "train.save_steps", "train.save_minutes"}
     | {"train.save_total_limit", "train.report_to", "train.micro_batch_tokens", "train.num_train_epochs"}
     | {"train.max_steps", "train.eval_steps", "train.early_stopping_patience"}
+    | {"train.gradient_checkpointing", "train.activation_offloading"}
 )
 """Settings that can't change the steps already taken. Epochs and max_steps extend a run."""
 
@@ -48,8 +49,9 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
         for key in HARMLESS
         if "train." in key
     }
-    if kept["micro_batch_tokens"] == "auto":
-        del kept["micro_batch_tokens"]
+    kept = {name: value for name, value in kept.items() if value != "auto"}
+    if kept.get("activation_offloading"):
+        kept.setdefault("gradient_checkpointing", True)  # without which there is nothing to offload
     return before.model_copy(update={"train": before.train.model_copy(update=kept), "output_dir": now.output_dir})
 
 

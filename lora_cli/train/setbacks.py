@@ -106,7 +106,7 @@ class Setbacks:
         if before <= longest:
             raise TrainingError(
                 f"out of memory at step {step:,}, with one row at a time ({longest:,} tokens)",
-                remedy=f"Shorter rows (data.max_length below {longest}), train.gradient_checkpointing: true,\n"
+                remedy=f"Shorter rows (data.max_length below {longest}), train.activation_offloading: true,\n"
                 f"model.quantization: {{type: nf4}} or train.optim: adamw_8bit need less.{self.kept()}",
             )
         self.position.micro_batch_tokens = max(before // 2, 1)

@@ -9,9 +9,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lora_cli.engine.attention import NAME, use_attention
-from lora_cli.engine.fused import card
+from lora_cli.engine.fused import card, gated
 from lora_cli.engine.fused.fitting import fuse
 from lora_cli.engine.loss import _cross_entropy_and_gradient
+from lora_cli.engine.offloading import offload
 
 TOKENS, LENGTHS = 300, (130, 1, 105, 64)
 
@@ -165,6 +166,73 @@ def test_recomputed_layers(exact, fusion):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fuse(model, fusion)
     assert far(gradient(model, torch.bfloat16), plain) < 2e-3
+
+
+@pytest.mark.parametrize(("kind", "fusion"), [("llama", "layers"), ("llama", None), ("qwen3", "linears")])
+def test_offloaded_layers(kind, fusion):
+    """As near to checkpointed layers as these are to themselves: attention adds up in no fixed order on the way back."""
+    model = make(kind, torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
+    fuse(model, fusion)
+    plain = gradient(model, torch.bfloat16)
+    offloading = offload(model)
+    for _ in range(20):
+        assert far(gradient(model, torch.bfloat16), plain) < 2e-3
+    assert offloading.host_bytes == 2 * TOKENS * 256 * 2
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):  # somebody else's hooks around ours
+        assert far(gradient(model, torch.bfloat16), plain) < 2e-3
+
+
+def test_offloaded_inputs_are_not_on_the_card():
+    """Of many layers, two inputs at a time."""
+    shape = {"vocab_size": 64, "hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    tokens, peaks, grads = 16_384, [], []
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads)).requires_grad_(False).to("cuda", torch.bfloat16)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    use_attention(model, NAME)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
+    fuse(model, "layers")
+    starts = torch.tensor([0, tokens], device="cuda").int()
+    ids = torch.randint(0, 64, (1, tokens), generator=torch.Generator().manual_seed(0)).cuda()
+    for away in (False, True):
+        if away:
+            offload(model)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                hidden = model.model(
+                    input_ids=ids,
+                    position_ids=torch.arange(tokens, device="cuda")[None],
+                    use_cache=False,
+                    document_lengths=(tokens,),
+                    cu_seq_lens_q=starts,
+                ).last_hidden_state
+            found = torch.autograd.grad(hidden.square().sum(), [p for p in model.parameters() if p.requires_grad])
+        peaks.append(torch.cuda.max_memory_allocated())
+        grads.append(torch.cat([g.flatten() for g in found]))
+    assert far(grads[1], grads[0]) < 2e-3
+    one_input = tokens * 1024 * 2
+    assert peaks[0] - peaks[1] > 20 * one_input
+
+
+def test_blocks_of_a_long_row(monkeypatch, exact):
+    """Gate and up by blocks of tokens, kept and made anew."""
+    plain = gradient(make("llama", torch.bfloat16), torch.bfloat16)
+    monkeypatch.setattr(gated, "BLOCK_ON_CARD", 70)
+    for checkpointing in (False, True):
+        model = make("llama", torch.bfloat16)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        fuse(model, "layers")
+        found = gradient(model, torch.bfloat16)
+        assert far(found, exact["llama"]) < max(1.2 * far(plain, exact["llama"]), 5e-3)
 
 
 @pytest.mark.parametrize("double", [False, True])

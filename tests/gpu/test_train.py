@@ -72,3 +72,10 @@ def test_checkpointing_and_micro_batches_change_nothing(world):
         world, "small", "model.dtype=float32", "train.gradient_checkpointing=true", "train.micro_batch_tokens=200"
     )
     assert small == pytest.approx(plain, rel=1e-4)
+
+
+def test_offloading_changes_nothing(world):
+    common = ("model.dtype=float32", "train.gradient_checkpointing=true", "train.micro_batch_tokens=200")
+    _, plain = run(world, "kept", *common)
+    _, away = run(world, "away", *common, "train.activation_offloading=true")
+    assert away == pytest.approx(plain, rel=1e-5)

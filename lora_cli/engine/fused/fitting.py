@@ -8,6 +8,7 @@ it is and runs whenever a call asks for more: evaluation, generation with a cach
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -22,6 +23,7 @@ from lora_cli.engine.fused.native import kernels, tiled
 from lora_cli.engine.fused.native.layer import NativeLayer, takes
 from lora_cli.engine.fused.native.tiled import TiledLayer
 from lora_cli.engine.fused.parts import adapted, layer_of, plain_lora
+from lora_cli.engine.offloading import offloading_of
 
 if TYPE_CHECKING:
     from lora_cli.config import QuantizationConfig
@@ -88,7 +90,9 @@ def _layer_forward(
         if recompute and module.training:
             return cast(Any, module)._gradient_checkpointing_func(partial(own, **kwargs), hidden_states, *args)
         return own(hidden_states, *args, **kwargs)
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    offloading = offloading_of(module) if recompute else None
+    kept = nullcontext() if offloading is None else offloading.keeping(hidden_states)
+    with kept, torch.autocast(hidden_states.device.type, enabled=False):
         out: Tensor = FusedLayer.apply(hidden_states.squeeze(0), layer, *call, recompute, *layer.trained)  # type: ignore[no-untyped-call]
     return out.unsqueeze(0)
 

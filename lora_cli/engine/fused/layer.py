@@ -3,7 +3,7 @@
 Frozen weights get no gradient, the first trained layer gives none to its input, residuals are summed in place, and
 normed inputs are made anew on the way back instead of being kept. Under gradient checkpointing the layer keeps its
 input alone, and makes the rest anew but for the last product, which the way back has no use for: a quarter of a
-layer's products.
+layer's products. Gate and up, its widest values, then exist for a block of tokens at a time.
 
 Dimension names: T tokens, M model width, H query heads, K key heads, E head size.
 """
@@ -76,9 +76,9 @@ class FusedLayer(torch.autograd.Function):
     ) -> Tensor:
         x_TM, products = x_TM.contiguous(), Products(x_TM.dtype, keep=x_TM.is_cuda and not recompute)
         normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, where, products)
-        out_TM, gate_TI, up_TI = gated.gated(layer.block, normed, inner[2], products)
+        out_TM, wide = gated.gated(layer.block, normed, inner[2], products, keep=not recompute)
         ctx.layer, ctx.where, ctx.products = layer, where, None if recompute else products
-        kept = () if recompute else (gate_TI, up_TI, *inner)
+        kept = () if recompute else (*wide, *inner)
         ctx.num_kept = len(kept)
         ctx.save_for_backward(x_TM, cos_TE, sin_TE, *kept, *trained)  # whose versions are checked on the way back
         return out_TM
@@ -90,22 +90,25 @@ class FusedLayer(torch.autograd.Function):
         products = ctx.products or Products(x_TM.dtype, keep=x_TM.is_cuda)
         if ctx.products is None:
             normed, inner = _attention(x_TM, layer, cos_TE, sin_TE, ctx.where, products)
-            gate_TI, up_TI = products.of(layer.block.gate, layer.block.up).project(normed)
-            scale_1, attended, hidden_TM, scale_2, *of_attention = inner
+            wide, kept = [], list(inner)
+            del inner
         else:
-            gate_TI, up_TI, scale_1, attended, hidden_TM, scale_2, *of_attention = kept[: ctx.num_kept]
-            normed = rms_norm(hidden_TM, scale_2, layer.block_norm.weight)
+            wide, kept = kept[:2], kept[2 : ctx.num_kept]
+            normed = rms_norm(kept[2], kept[3], layer.block_norm.weight)
+        scale_1, attended, hidden_TM, scale_2, *of_attention = kept
         del kept
         grad_TM = grad_TM.contiguous()
-        back_TM, block_grads = gated.gated_back(layer.block, grad_TM, normed, gate_TI, up_TI, products)
-        del normed, gate_TI, up_TI
-        hidden_grad = rms_norm_back(back_TM, hidden_TM, scale_2, layer.block_norm.weight, grad_TM)
+        hidden_grad, block_grads = gated.gated_back(layer.block, grad_TM, normed, wide, products)
+        del normed, wide
+        hidden_grad = rms_norm_back(hidden_grad, hidden_TM, scale_2, layer.block_norm.weight, grad_TM)
+        del hidden_TM, grad_TM
         last, first = Gradients(products.of(layer.output)), Gradients(products.of(*layer.inputs))
         flat = attended.view(len(attended), -1)
         attended_grad = torch.empty_like(flat)
         last.add(flat, [hidden_grad], attended_grad)
         attended_grad = attended_grad.view(attended.shape)
         grads = documents.attend_back(attended_grad, attended, of_attention, ctx.where, layer.scale)
+        del flat, attended, attended_grad, of_attention
         for turned in grads[:2]:
             rotate(turned, cos_TE, sin_TE, back=True)
         normed = rms_norm(x_TM, scale_1, layer.attention_norm.weight)

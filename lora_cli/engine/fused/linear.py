@@ -84,8 +84,8 @@ class Joined:
         self.a_RI = None if not found else (found[0] if len(found) == 1 else torch.cat(found)).to(dtype)
         """The A of all layers, one below the other."""
         self.scaled_b = [None if layer.b is None else _scaled(layer.b, layer.scale, dtype) for layer in layers]
-        self.kept_low: Tensor | None = None
-        """What `low` came to in `project`, where it is kept."""
+        self.kept_low: list[Tensor] = []
+        """What `low` came to in each `project`, where it is kept; `Gradients` takes them in the same order."""
         self._keep_low = keep_low
         self.columns = slices([layer.rank for layer in layers])
         """Where each layer's ranks stand among those of all."""
@@ -109,7 +109,8 @@ class Joined:
         """The layers' [T, O] outputs, into `outputs` when they are given."""
         joint = x_TI
         low_TR = None if self.exact else self.low(x_TI)
-        self.kept_low = low_TR if self._keep_low else None
+        if self._keep_low and low_TR is not None:
+            self.kept_low.append(low_TR)
         if self.joined and low_TR is not None:
             joint = torch.cat([x_TI, low_TR], dim=1)
         if outputs is None:
@@ -199,8 +200,7 @@ class Gradients:
     def collect(self, x_TI: Tensor, grads: Sequence[Tensor]) -> None:
         """The second half: gradients of the adapters, from the same ones of outputs."""
         joined = self._joined
-        low_TR = joined.low(x_TI) if joined.kept_low is None else joined.kept_low
-        joined.kept_low = None
+        low_TR = joined.kept_low.pop(0) if joined.kept_low else joined.low(x_TI)
         if low_TR is None or self._back_TR is None:
             return
         for number, (grad, columns) in enumerate(zip(grads, joined.columns, strict=True)):

@@ -1,11 +1,15 @@
-"""What `micro_batch_tokens: auto` and `gradient_checkpointing: auto` come to on a card of some size.
+"""What `micro_batch_tokens`, `gradient_checkpointing` and `activation_offloading` come to on a card of some size, where
+they are `auto`.
 
 Without checkpointing a step takes about a quarter less time, so it is left out where a useful micro-batch fits without
-it. Memory grows nearly linearly with the tokens of a micro-batch once the loss fills its chunks, and more steeply
-below: two rehearsals give a slope, a third proves the result and gives the next slope.
+it; layers' inputs go to the host where not even one longest example fits otherwise. Memory grows nearly linearly with
+the tokens of a micro-batch once the loss fills its chunks, and more steeply below: two rehearsals give a slope, a third
+proves the result and gives the next slope.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from lora_cli.config import Config
 from lora_cli.engine.memory.need import MARGIN, Need, Rehearsals
@@ -21,15 +25,15 @@ GAIN = 1.1
 
 
 def choose(rehearsals: Rehearsals, config: Config, target: Target, card_bytes: int) -> Need | None:
-    """The need of `config` with both `auto`s resolved for a card; None when nothing fits.
+    """The need of `config` with its memory `auto`s resolved for a card; None when nothing fits.
 
     Args:
         card_bytes: of the card, minus what other processes hold.
     """
     asked = config.train.gradient_checkpointing
     tokens = config.train.micro_batch_tokens
-    for checkpointing in (False, True) if asked == "auto" else (bool(asked),):
-        candidate = _with(config, gradient_checkpointing=checkpointing)
+    for checkpointing, offloading in _frugalities(config):
+        candidate = _with(config, gradient_checkpointing=checkpointing, activation_offloading=offloading)
         if isinstance(tokens, int):
             found = rehearsals.need(candidate, target)
             found_fits = found.fits(card_bytes)
@@ -42,6 +46,17 @@ def choose(rehearsals: Rehearsals, config: Config, target: Target, card_bytes: i
         if found_fits:
             return found
     return None
+
+
+def _frugalities(config: Config) -> Iterator[tuple[bool, bool]]:
+    """Checkpointing and offloading as the config leaves them open, what costs the least time first."""
+    train = config.train
+    for checkpointing, offloading in ((False, False), (True, False), (True, True)):
+        if train.gradient_checkpointing in ("auto", checkpointing) and train.activation_offloading in (
+            "auto",
+            offloading,
+        ):
+            yield checkpointing, offloading
 
 
 def largest_micro_batch(

@@ -26,6 +26,7 @@ from lora_cli.engine.memory.loading import label_weights, load_on_meta, without_
 from lora_cli.engine.memory.pretend import pretend
 from lora_cli.engine.memory.trace import Trace
 from lora_cli.engine.memory.tracer import Tracer
+from lora_cli.engine.offloading import most_on_host
 from lora_cli.engine.optimizers import make_optimizer, make_scheduler
 from lora_cli.engine.step import Learner, train_step
 from lora_cli.engine.target import Target
@@ -111,6 +112,7 @@ def _rehearse(
         label_weights(model, tracer)
         learner = learner_of(model, config, computation, target, tracer)
         take_steps(learner, target, shape, tracer)
+    tracer.trace.host_bytes = most_on_host(model)
     return tracer.trace
 
 

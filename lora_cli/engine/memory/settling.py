@@ -41,7 +41,7 @@ def settle_memory(
     card_bytes: int,
     rehearsals: Rehearsals | None = None,
 ) -> Settled:
-    """Resolve `micro_batch_tokens` and `gradient_checkpointing` for a card; what is given stays as it is.
+    """Resolve the memory `auto`s of a config for a card; what is given stays as it is.
 
     Args:
         card_bytes: of the card, minus what other processes hold.
@@ -52,11 +52,12 @@ def settle_memory(
         found = choose(rehearsals, config, target, card_bytes)
         if found is not None:
             return Settled(found.config, _memory(found, card_bytes), rehearsals=rehearsals)
-        least = rehearsals.need(_with(config, config.data.max_length), target)
+        least = rehearsals.need(frugal(config, config.data.max_length), target)
     except (LoraError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         # Whatever an architecture's own code does on a device without data; the run itself has real ones.
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return Settled(_with(config, UNASKED_TOKENS), None, f"memory could not be estimated: {first}")
+        unasked = frugal(config, UNASKED_TOKENS, offloading=False)
+        return Settled(unasked, None, f"memory could not be estimated: {first}")
     warning = (
         f"by the estimate it does not fit: {least.process_bytes / 2**30:.1f} of {card_bytes / 2**30:.1f} GiB at "
         f"{least.config.train.micro_batch_tokens:,} tokens a micro-batch, and {MARGIN:.0%} are kept free"
@@ -64,19 +65,22 @@ def settle_memory(
     return Settled(least.config, _memory(least, card_bytes), warning, rehearsals)
 
 
-def _with(config: Config, tokens: int) -> Config:
-    """The most frugal of what the config leaves open."""
+def frugal(config: Config, tokens: int, *, offloading: bool = True) -> Config:
+    """The most frugal of what the config leaves open.
+
+    Args:
+        tokens: of a micro-batch.
+        offloading: layers' inputs may go to the host.
+    """
     train = config.train
-    return config.model_copy(
-        update={
-            "train": train.model_copy(
-                update={
-                    "micro_batch_tokens": tokens if train.micro_batch_tokens == "auto" else train.micro_batch_tokens,
-                    "gradient_checkpointing": train.gradient_checkpointing in ("auto", True),
-                }
-            )
-        }
-    )
+    checkpointing = train.gradient_checkpointing in ("auto", True)
+    away = checkpointing and offloading if train.activation_offloading == "auto" else train.activation_offloading
+    settled = {
+        "micro_batch_tokens": tokens if train.micro_batch_tokens == "auto" else train.micro_batch_tokens,
+        "gradient_checkpointing": checkpointing,
+        "activation_offloading": away,
+    }
+    return config.model_copy(update={"train": train.model_copy(update=settled)})
 
 
 def _memory(need: Need, card_bytes: int) -> Memory:

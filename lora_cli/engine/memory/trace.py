@@ -39,6 +39,9 @@ class Trace:
     flops: dict[str, int] = field(default_factory=dict)
     """Floating-point operations of matrix products and attention since each mark of a step: `step 1`, `step 2`."""
 
+    host_bytes: int = 0
+    """The most that layers' inputs take of host memory."""
+
     rising_below: int = 0
     """Of the card that it is meant for: `allocator.rising_below`."""
 

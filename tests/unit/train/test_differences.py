@@ -63,12 +63,20 @@ def test_null_and_a_section_are_compared(compare):
         ("train.max_steps", 900),
         ("train.num_train_epochs", 9.0),
         ("train.micro_batch_tokens", 64),
+        ("train.gradient_checkpointing", True),
+        ("train.activation_offloading", True),
     ],
 )
 def test_what_changes_no_step_is_taken_over(compare, key, value):
     assert key in HARMLESS
     config = compare(["train.micro_batch_tokens=512"], [f"{key}={value}"])
     assert getattr(config.train, key.removeprefix("train.")) == value
+
+
+def test_what_is_offloaded_from_now_on_is_checkpointed(compare):
+    config = compare(["train.gradient_checkpointing=false"], ["train.activation_offloading=true"])
+    assert config.train.gradient_checkpointing is True
+    assert compare(["train.gradient_checkpointing=true"]).train.gradient_checkpointing is True
 
 
 @pytest.mark.parametrize(

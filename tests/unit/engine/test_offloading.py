@@ -1,0 +1,153 @@
+"""Layers' inputs in host memory: the same bits, and nobody looks at what has left the card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_cli.config import Config
+from lora_cli.engine import offloading
+from lora_cli.engine.fused.fitting import Fusion
+from lora_cli.engine.memory.need import Rehearsals
+from lora_cli.engine.memory.rehearsal import MicroBatches, rehearse
+from lora_cli.engine.memory.replay import replay
+from lora_cli.engine.memory.trace import Trace
+from lora_cli.engine.offloading import Offloading, most_on_host, offload
+from lora_cli.engine.selftest import prove_run
+from lora_cli.engine.target import Target
+from lora_cli.engine.world import World
+from lora_cli.model.architecture import read_architecture
+from tests.unit.engine.learning import LENGTHS, PACKED
+from tests.unit.engine.test_fused import Gradients, gradients, live
+
+LAYERS, WIDTH = 4, 32
+KINDS = [("llama", "layers"), ("llama", "linears"), ("qwen3", None), ("gpt2", None)]
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Copies that are real on a CPU, too; what has left is no number any more. Notes what happens."""
+    notes: list[str] = []
+
+    def leave(away: offloading._Away) -> None:
+        assert away._on_card is not None
+        away._host = away._on_card.clone()
+
+    def left(away: offloading._Away) -> None:
+        assert away._on_card is not None
+        away._on_card.data.fill_(torch.nan)
+        away._on_card = None
+        notes.append("left")
+
+    def come_back(away: offloading._Away) -> None:
+        if away._on_card is None and not away.fetched:
+            assert away._host is not None
+            away._on_card = away._host.clone()
+            notes.append("came back")
+
+    for name, instead in (("leave", leave), ("left", left), ("come_back", come_back)):
+        monkeypatch.setattr(offloading._Away, name, instead)
+    return notes
+
+
+def checkpointed(model_type: str) -> nn.Module:
+    model = live(model_type, **({"n_layer": LAYERS} if model_type == "gpt2" else {"num_hidden_layers": LAYERS}))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.disable_input_require_grads()  # type: ignore[operator]
+    return model
+
+
+def equal(found: Gradients, expected: Gradients) -> bool:
+    return all(torch.equal(found[name], grad) for name, grad in expected.items())
+
+
+@pytest.mark.parametrize(("model_type", "fusion"), KINDS)
+def test_gradients_have_the_same_bits(model_type: str, fusion: Fusion | None, world: World, moved: list[str]) -> None:
+    computation = replace(PACKED, fusion=fusion)
+    plain = gradients(checkpointed(model_type), computation, LENGTHS, world, 64)
+    model = checkpointed(model_type)
+    assert offload(model) is not None
+    assert equal(gradients(model, computation, LENGTHS, world, 64), plain)
+    micro_batches = len(computation.micro_batches(LENGTHS, 64))
+    assert micro_batches > 1
+    # The last layer's input is needed before it has left, that of the first layer in the end.
+    assert moved == (["left"] * (LAYERS - 1) + ["came back"] * (LAYERS - 1)) * micro_batches
+
+
+@pytest.mark.parametrize(("model_type", "fusion"), KINDS[:3])
+def test_a_pass_that_was_given_up_leaves_nothing(
+    model_type: str, fusion: Fusion | None, world: World, moved: list[str]
+) -> None:
+    computation = replace(PACKED, fusion=fusion)
+    plain = gradients(checkpointed(model_type), computation, LENGTHS, world, 4096)
+    model = checkpointed(model_type)
+    found = offload(model)
+    assert found is not None
+
+    def fails(grad: torch.Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = next(p for name, p in model.named_parameters() if "layers.2" in name and p.requires_grad).register_hook(
+        fails
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gradients(model, computation, LENGTHS, world, 4096)
+    hook.remove()
+    model.zero_grad()
+    assert equal(gradients(model, computation, LENGTHS, world, 4096), plain)
+    assert found.host_bytes == sum(LENGTHS) * WIDTH * 4 * LAYERS
+
+
+def test_what_goes_to_the_host_is_counted_for_one_pass(world: World) -> None:
+    model = checkpointed("llama")
+    offload(model)
+    for _ in range(2):
+        gradients(model, PACKED, LENGTHS, world, 4096)
+    assert most_on_host(model) == sum(LENGTHS) * WIDTH * 4 * LAYERS
+
+
+def test_a_model_without_checkpointing_has_nothing_to_offload() -> None:
+    model = live("llama")
+    assert offload(model) is None
+    assert most_on_host(model) == 0
+
+
+def test_a_layer_whose_input_has_a_name_is_checkpointed_as_before() -> None:
+    seen = []
+    Offloading(lambda run, *args: seen.append((run, args)))("run")
+    assert seen == [("run", ())]
+
+
+def rehearsed(folder: Path, layers: int, *, offloading: bool) -> Trace:
+    model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
+    sizes = {"num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": layers, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps({**model, **sizes, "num_key_value_heads": 2}))
+    train = {"gradient_checkpointing": True, "micro_batch_tokens": 8192, "activation_offloading": offloading}
+    data = {"train": "rows.jsonl", "max_length": 8192}
+    config = Config.model_validate(
+        {"model": {"name_or_path": str(folder)}, "data": data, "train": train, "output_dir": "run"}
+    )
+    architecture, target = read_architecture(config.model), Target("cuda", (8, 0))
+    computation = Rehearsals(architecture, prove_run(config, architecture)).computation(config, target)
+    return rehearse(config, architecture, computation, target, MicroBatches((8192,), 1))
+
+
+def test_on_a_card_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """What kept the inputs alive once: the hook that autograd keeps beside what it packed."""
+    one_input = 8192 * 64 * 2
+
+    def growth(offloading: bool) -> float:
+        peaks = [
+            replay(rehearsed(tmp_path, layers, offloading=offloading)).components["saved activations"]
+            for layers in (4, 12)
+        ]
+        return (peaks[1] - peaks[0]) / (8 * one_input)
+
+    assert growth(False) == pytest.approx(1, abs=0.1)
+    assert growth(True) < 0.01
+    assert rehearsed(tmp_path, 4, offloading=True).host_bytes == 4 * one_input
