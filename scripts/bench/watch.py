@@ -150,9 +150,9 @@ def limit_card(limit_bytes: int) -> None:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if limit_bytes < total:
             torch.cuda.set_per_process_memory_fraction(limit_bytes / total)
-            torch.cuda.mem_get_info = as_smaller
 
     if torch.cuda.is_available():
+        torch.cuda.mem_get_info = as_smaller  # at once: asking may be what begins CUDA
         torch.cuda._lazy_call(limit)
 
 

@@ -146,7 +146,7 @@ def test_a_way_that_climbs_says_what_ended_it(tmp_path: Path, code: str, error: 
 
 
 def test_a_smaller_card_is_pretended_only_once_the_program_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 GiB of 140: the fraction is set when CUDA begins, not before; 116 GiB free are 24 less what is held."""
+    """24 GiB of 140: the fraction is set when CUDA begins, not before; 130 GiB free are 24 less what is held."""
     queued: list[Any] = []
     fractions: list[float] = []
     card = {"mem_get_info": lambda device=None: (130 * 2**30, 140 * 2**30), "memory_reserved": lambda device: 2**30}
@@ -156,14 +156,15 @@ def test_a_smaller_card_is_pretended_only_once_the_program_asks(monkeypatch: pyt
     for name, value in card.items():
         monkeypatch.setattr(torch.cuda, name, value)
     limit_card(24 * 2**30)
-    assert torch.cuda.mem_get_info() == (130 * 2**30, 140 * 2**30) and not fractions
-    queued[0]()
+    assert not fractions
     assert torch.cuda.mem_get_info() == (23 * 2**30, 140 * 2**30)
+    queued[0]()
     assert fractions == [pytest.approx(24 / 140)]
     fractions.clear()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", card["mem_get_info"])
     limit_card(200 * 2**30)
     queued[1]()
-    assert not fractions
+    assert not fractions and torch.cuda.mem_get_info()[0] == 130 * 2**30
 
 
 def test_weights_written_through_memory_maps_are_read_back(tmp_path: Path) -> None:
