@@ -58,10 +58,12 @@ class Line:
     gpu: str = "a100-80gb"
     optimizer: str = "adamw_torch"
     checkpointing: bool = True
+    offloading: bool = False
 
 
 LINES = (
     *(Line("Llama 3.1 8B", method, length) for method in ("LoRA", "QLoRA") for length in (2048, 8192, 32_768)),
+    *(Line("Llama 3.1 8B", "QLoRA", length, offloading=True) for length in (8192, 32_768, 131_072)),
     *(Line("Llama 3.1 70B", "QLoRA", length, "a6000-48gb") for length in (512, 2048, 4096)),
     Line("Llama 65B", "QLoRA", 512, "a6000-48gb"),
     Line("Llama 65B", "QLoRA", 512, "a6000-48gb", "paged_adamw_32bit"),
@@ -92,6 +94,7 @@ def rows() -> list[str]:
             estimate = estimated(line, Path(folder))
             twice = estimated(line, Path(folder), double_quant=True) if line.method == "QLoRA" else None
             method = line.method + (", paged AdamW" if line.optimizer.startswith("paged") else "")
+            method += ", offloaded" if line.offloading else ""
             saves = gib(estimate.process_bytes - twice.process_bytes) if twice is not None else ""
             cells = [line.model, method, f"{line.length:,}", gib(estimate.base_bytes)]
             cells += [gib(estimate.peak_allocated_bytes), gib(estimate.peak_reserved_bytes)]
@@ -116,6 +119,7 @@ def config_of(line: Line, folder: Path, *, double_quant: bool = False) -> Config
             "train": {
                 "micro_batch_tokens": line.length,
                 "gradient_checkpointing": line.checkpointing,
+                "activation_offloading": line.offloading,
                 "optim": line.optimizer,
             },
             "output_dir": "run",

@@ -71,6 +71,7 @@ def test_all_mistakes_come_at_once_in_file_order(problems):
         ("train: {lr_scheduler_kwargs: {power: 2}}", "cosine takes no power"),
         ("train: {lr_scheduler_type: cosine_with_min_lr}", "needs min_lr or min_lr_rate"),
         ("train: {lr_scheduler_type: constant, warmup_steps: 5}", "constant has no warm-up"),
+        ("train: {gradient_checkpointing: false, activation_offloading: true}", "only checkpointed layers"),
         ("train: {eval_steps: 5}", "no validation data"),
         ("train: {early_stopping_patience: 5}", "no validation data"),
         ("train: {report_to: [wandb, wandb]}", "given twice"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from lora_cli.config import Config
 from lora_cli.engine.memory.need import Rehearsals
@@ -19,11 +20,17 @@ AMPERE = Target("cuda", (8, 0))
 GIB = 2**30
 
 
-def settle(card_gib: float, beside: Rehearsals | None = None, **train: object):
+def settle(
+    card_gib: float,
+    beside: Rehearsals | None = None,
+    folder: Path = MODEL,
+    max_length: int = 512,
+    **train: object,
+):
     config = Config.model_validate(
         {
-            "model": {"name_or_path": str(MODEL), "dtype": "bfloat16"},
-            "data": {"train": [{"path": "rows.jsonl"}], "max_length": 512},
+            "model": {"name_or_path": str(folder), "dtype": "bfloat16"},
+            "data": {"train": [{"path": "rows.jsonl"}], "max_length": max_length},
             "train": {"batch_size": 64, **train},
             "output_dir": "run",
         }
@@ -83,3 +90,30 @@ def test_a_run_beside_another_is_rehearsed_only_where_its_tensors_are_others(mon
     other = settle(80, first.rehearsals, optim="sgd")
     assert len(rehearsed) == 2 * own and other.memory != first.memory
     assert other.memory == settle(80, optim="sgd").memory
+
+
+def test_layers_inputs_go_to_the_host_where_nothing_else_fits(tmp_path: Path):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 32, "vocab_size": 512}
+    LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, dtype="bfloat16").save_pretrained(tmp_path)
+
+    def long(card_gib: float, **train: object):
+        return settle(card_gib, folder=tmp_path, max_length=16_384, batch_size=1, **train)
+
+    needed = long(80, gradient_checkpointing=True, activation_offloading=False).memory.process_bytes / GIB
+    roomy, small = long(1.2 * needed), long(0.95 * needed)
+    assert roomy.config.train.gradient_checkpointing is small.config.train.gradient_checkpointing is True
+    assert roomy.config.train.activation_offloading is False
+    assert small.config.train.activation_offloading is True
+    assert small.memory is not None
+    assert small.memory.fits
+    assert needed - small.memory.process_bytes / GIB > 0.8 * 30 * 16_384 * 256 * 2 / GIB
+    kept = long(0.95 * needed, activation_offloading=False)
+    assert kept.memory is not None
+    assert not kept.memory.fits
+    assert kept.config.train.activation_offloading is False
+
+
+def test_what_is_offloaded_is_checkpointed():
+    settled = settle(80, activation_offloading=True)
+    assert settled.config.train.gradient_checkpointing is True
+    assert settled.config.train.activation_offloading is True
