@@ -73,9 +73,11 @@ def main() -> int:
     jobs = planned(folder, sizes, arguments)
     environment = child_environment(None) | {"LORA_CACHE_DIR": str(folder / "cache")}
     first = waiting(jobs[0], folder, environment)  # while the world is made
-    command = [sys.executable, __file__, "--make", str(folder), "tiny" if arguments.tiny else "1b"]
+    shape = "tiny" if arguments.tiny else "1b"
+    command = [sys.executable, __file__, "--make", str(folder), shape]
     subprocess.run([*command, "--steps", str(arguments.steps), "--sizes", arguments.sizes], check=True, env=environment)
-    common = {"commit": arguments.commit or commit(), **card(), "versions": versions(), "members": 8}
+    common = {"world": shape, "members": 8, "row_tokens_side_by_side": arguments.row_tokens}
+    common |= {"commit": arguments.commit or commit(), **card(), "versions": versions()}
     table = Table(arguments.skipped, sizes[0], common)
     for job, done in run_all(first, jobs, folder, environment, arguments.most, ends):
         row = table.add(job, done)
