@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench.cuda_run import child_environment
 from bench.relay import Done, Waiting
-from bench_sweep_cuda import Job, Table
+from bench.sweep_rows import Job, Table
 
 DONE = Done(import_seconds=4.0, run_seconds=6.0, error=None, log="")
 
