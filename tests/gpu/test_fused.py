@@ -170,7 +170,7 @@ def test_recomputed_layers(exact, fusion):
 
 @pytest.mark.parametrize(("kind", "fusion"), [("llama", "layers"), ("llama", None), ("qwen3", "linears")])
 def test_offloaded_layers(kind, fusion):
-    """As near to checkpointed layers as these are to themselves: attention adds up in no fixed order on the way back."""
+    """As near to checkpointed layers as these are to themselves: the way back of attention has no fixed order."""
     model = make(kind, torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.disable_input_require_grads()
