@@ -99,6 +99,9 @@ _TRL_WRAPPED, _ = _pair("trl", "TRL + Liger, packed across documents", "bf16", "
 _UNSLOTH, _UNSLOTH_CKPT = _pair("unsloth", "Unsloth, packed", "bf16", "unsloth")
 _UNSLOTH_Q, _UNSLOTH_Q_CKPT = _pair("unsloth", "Unsloth, packed", "nf4", "unsloth-qlora")
 _UNSLOTH_WRAPPED, _ = _pair("unsloth", "Unsloth, rows across documents", "bf16", "unsloth-wrapped", "packing=rows")
+_HOST = ("lora train, checkpointing, activations on the host", "train.activation_offloading=true")
+_AWAY = CudaWay("lora-ckpt-offload", _HOST[0], "lora", "bf16", True, _HOST[1:])
+_AWAY_Q = CudaWay("qlora-ckpt-offload", _HOST[0], "lora", "nf4", True, _HOST[1:])
 _TRAINER = CudaWay("trainer", "transformers' Trainer + PEFT", "trainer", "bf16", False)
 
 CUDA_WAYS: Sequence[CudaWay] = (
@@ -112,6 +115,8 @@ CUDA_WAYS: Sequence[CudaWay] = (
     _TRL_CKPT,
     _UNSLOTH_CKPT,
     _QLORA_CKPT,
+    _AWAY,
+    _AWAY_Q,
     _UNFUSED,
     _TRL_WRAPPED,
     _UNSLOTH_WRAPPED,
