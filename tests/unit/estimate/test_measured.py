@@ -29,7 +29,7 @@ def llama_8b(folder: Path) -> None:
     LlamaConfig(**sizes, **heads, max_position_embeddings=8192, dtype="bfloat16").save_pretrained(folder)
 
 
-@pytest.mark.parametrize("way", ["lora", "qlora-ckpt"])
+@pytest.mark.parametrize("way", ["lora", "qlora-ckpt", "lora-ckpt-offload", "qlora-ckpt-offload"])
 def test_an_8b_run_takes_what_was_predicted(way: str, tmp_path: Path) -> None:
     rows = (json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines())
     measured = next(row for row in rows if row["way"] == way)
@@ -39,7 +39,11 @@ def test_an_8b_run_takes_what_was_predicted(way: str, tmp_path: Path) -> None:
         {
             "model": {"name_or_path": str(tmp_path), "dtype": "bfloat16", "quantization": quantization},
             "data": {"train": "rows.jsonl", "max_length": 4096},
-            "train": {"micro_batch_tokens": 4096, "gradient_checkpointing": way.endswith("ckpt")},
+            "train": {
+                "micro_batch_tokens": 4096,
+                "gradient_checkpointing": "ckpt" in way,
+                "activation_offloading": way.endswith("offload"),
+            },
             "output_dir": "run",
         }
     )
