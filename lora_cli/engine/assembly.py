@@ -87,7 +87,8 @@ def _checkpoint(model: PreTrainedModel, config: Config) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
         if config.train.activation_offloading is True:
-            offload(model)
+            tokens = config.train.micro_batch_tokens
+            offload(model, tokens if isinstance(tokens, int) else 0)
 
 
 def leave_casting_to_autocast(model: nn.Module) -> None:

@@ -26,15 +26,18 @@ class Offloading:
 
     Args:
         checkpoint: recomputes a layer from its input.
+        tokens: of a full micro-batch. Page-locked memory, which takes long to get, is taken for so many at once.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokens: int = 0) -> None:
         self._checkpoint = checkpoint
+        self._tokens = tokens
         self._copies: torch.cuda.Stream | None = None
         self._last: weakref.ref[_Away] | None = None
         self._leaving: _Away | None = None
+        self._places: list[Tensor] = []
         self.host_bytes = 0
-        """The most that has lain on the host at one time."""
+        """The most page-locked memory that a pass has had."""
 
     def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
         """Checkpoint `run(*args)`, whose first argument is the layer's input."""
@@ -51,7 +54,7 @@ class Offloading:
 
         def pack(saved: Tensor) -> Any:
             whole = saved.untyped_storage()._cdata == storage and saved.numel() == count
-            return self._put(saved) if whole else saved
+            return self._put(saved) if whole and _leaves(saved) else saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
@@ -73,6 +76,22 @@ class Offloading:
         still, self._leaving = self._leaving is away, None
         return still
 
+    def room(self, hidden: Tensor) -> int:
+        """Values for which a place is made when it has to hold this."""
+        return max(hidden.numel(), self._tokens * hidden.shape[-1])
+
+    def place(self, number: int, hidden: Tensor) -> Tensor:
+        """Page-locked memory of this input's shape: that which the layer of this number had before, if it is enough.
+
+        All copies have one stream, so that what lay there has come back before anything else is copied to it.
+        """
+        while number >= len(self._places):
+            self._places.append(torch.empty(0))
+        place = self._places[number]
+        if place.dtype != hidden.dtype or place.numel() < hidden.numel():
+            place = self._places[number] = _page_locked(self.room(hidden), hidden.dtype)
+        return place[: hidden.numel()].view(hidden.shape)
+
     def copies(self) -> torch.cuda.Stream:
         """The stream of copies, which waits for what the card has to compute by now."""
         if self._copies is None:
@@ -92,7 +111,9 @@ class _Away:
         self._copied: torch.cuda.Event | None = None
         self._before = None if before is None else weakref.ref(before)
         """That of the layer before it, which is needed next on the way back."""
-        self.host_bytes: int = hidden.numel() * hidden.element_size() + (0 if before is None else before.host_bytes)
+        self.number: int = 0 if before is None else before.number + 1
+        own = _page_locked_bytes(owner.room(hidden) * hidden.element_size())
+        self.host_bytes: int = own + (0 if before is None else before.host_bytes)
         """Of this and all before it."""
         self.fetched = False
 
@@ -100,11 +121,9 @@ class _Away:
         """Begin the copy to the host; the input stays on the card until `left`."""
         hidden = self._on_card
         assert hidden is not None
-        if _copied_for_real(hidden):
-            self._host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        if not hidden.is_meta:
+            self._host = self._owner.place(self.number, hidden)
             self._copy(self._host, hidden)
-        elif not hidden.is_meta:
-            self._host = hidden
 
     def left(self) -> None:
         """Give its memory on the card back, from where the copy is over."""
@@ -128,9 +147,6 @@ class _Away:
         """Begin the copy to the card."""
         if self._on_card is not None or self.fetched:
             return
-        if self._host is not None and self._host.device == self._device:
-            self._on_card = self._host
-            return
         self._on_card = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         if self._host is not None:
             self._copy(self._on_card, self._host)
@@ -151,12 +167,16 @@ class _Away:
         self._wait()
 
 
-def offload(model: nn.Module) -> Offloading | None:
-    """Take the inputs of a model's checkpointed layers to the host from now on; None where it checkpoints none."""
+def offload(model: nn.Module, tokens: int = 0) -> Offloading | None:
+    """Take the inputs of a model's checkpointed layers to the host from now on; None where it checkpoints none.
+
+    Args:
+        tokens: of a full micro-batch.
+    """
     found = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
     if not found:
         return None
-    offloading = Offloading(vars(found[0])["_gradient_checkpointing_func"])
+    offloading = Offloading(vars(found[0])["_gradient_checkpointing_func"], tokens)
     for module in found:
         vars(module)["_gradient_checkpointing_func"] = offloading
     return offloading
@@ -169,7 +189,7 @@ def offloading_of(module: nn.Module) -> Offloading | None:
 
 
 def most_on_host(model: nn.Module) -> int:
-    """Bytes of layers' inputs that have lain on the host at one time."""
+    """Bytes of page-locked memory that a pass of the model has had at the most."""
     return max((found.host_bytes for found in map(offloading_of, model.modules()) if found is not None), default=0)
 
 
@@ -178,5 +198,16 @@ def _unpack(kept: Any) -> Tensor:
     return tensor
 
 
-def _copied_for_real(hidden: Tensor) -> bool:
-    return hidden.device.type == "cuda" and not hidden.is_meta
+def _leaves(hidden: Tensor) -> bool:
+    """Whether it isn't in host memory as it is."""
+    return hidden.device.type != "cpu"
+
+
+def _page_locked(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(count, dtype=dtype, pin_memory=True)
+
+
+def _page_locked_bytes(size_bytes: int) -> int:
+    """What is taken for so many: `c10`'s allocator of page-locked memory rounds up to powers of two
+    (`aten/src/ATen/core/CachingHostAllocator.h`)."""
+    return 1 << max(0, size_bytes - 1).bit_length()

@@ -179,7 +179,7 @@ def test_offloaded_layers(kind, fusion):
     offloading = offload(model)
     for _ in range(20):
         assert far(gradient(model, torch.bfloat16), plain) < 2e-3
-    assert offloading.host_bytes == 2 * TOKENS * 256 * 2
+    assert offloading.host_bytes == 2 * 2**18  # page-locked memory comes in powers of two
     with torch.autograd.graph.save_on_cpu(pin_memory=True):  # somebody else's hooks around ours
         assert far(gradient(model, torch.bfloat16), plain) < 2e-3
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.config import Config
 from lora_cli.engine import offloading
@@ -31,27 +31,30 @@ KINDS = [("llama", "layers"), ("llama", "linears"), ("qwen3", None), ("gpt2", No
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Copies that are real on a CPU, too; what has left is no number any more. Notes what happens."""
+    """Copies on a CPU, too; what has left is no number any more, on either side. Notes what happens."""
     notes: list[str] = []
-
-    def leave(away: offloading._Away) -> None:
-        assert away._on_card is not None
-        away._host = away._on_card.clone()
+    really = offloading._Away.left
 
     def left(away: offloading._Away) -> None:
         assert away._on_card is not None
         away._on_card.data.fill_(torch.nan)
-        away._on_card = None
+        really(away)
         notes.append("left")
 
-    def come_back(away: offloading._Away) -> None:
-        if away._on_card is None and not away.fetched:
-            assert away._host is not None
-            away._on_card = away._host.clone()
+    def copy(away: offloading._Away, to: Tensor, of: Tensor) -> None:
+        to.copy_(of)
+        if to is away._on_card:
+            of.fill_(torch.nan)
             notes.append("came back")
 
-    for name, instead in (("leave", leave), ("left", left), ("come_back", come_back)):
-        monkeypatch.setattr(offloading._Away, name, instead)
+    def page_locked(count: int, dtype: torch.dtype) -> Tensor:
+        notes.append("locked")
+        return torch.full((count,), torch.nan, dtype=dtype)
+
+    monkeypatch.setattr(offloading, "_leaves", lambda hidden: True)
+    monkeypatch.setattr(offloading, "_page_locked", page_locked)
+    monkeypatch.setattr(offloading._Away, "left", left)
+    monkeypatch.setattr(offloading._Away, "_copy", copy)
     return notes
 
 
@@ -75,8 +78,9 @@ def test_gradients_have_the_same_bits(model_type: str, fusion: Fusion | None, wo
     assert equal(gradients(model, computation, LENGTHS, world, 64), plain)
     micro_batches = len(computation.micro_batches(LENGTHS, 64))
     assert micro_batches > 1
+    copies = [note for note in moved if note != "locked"]
     # The last layer's input is needed before it has left, that of the first layer in the end.
-    assert moved == (["left"] * (LAYERS - 1) + ["came back"] * (LAYERS - 1)) * micro_batches
+    assert copies == (["left"] * (LAYERS - 1) + ["came back"] * (LAYERS - 1)) * micro_batches
 
 
 @pytest.mark.parametrize(("model_type", "fusion"), KINDS[:3])
@@ -89,7 +93,7 @@ def test_a_pass_that_was_given_up_leaves_nothing(
     found = offload(model)
     assert found is not None
 
-    def fails(grad: torch.Tensor) -> None:
+    def fails(grad: Tensor) -> None:
         raise RuntimeError("out of memory")
 
     hook = next(p for name, p in model.named_parameters() if "layers.2" in name and p.requires_grad).register_hook(
@@ -100,15 +104,26 @@ def test_a_pass_that_was_given_up_leaves_nothing(
     hook.remove()
     model.zero_grad()
     assert equal(gradients(model, computation, LENGTHS, world, 4096), plain)
-    assert found.host_bytes == sum(LENGTHS) * WIDTH * 4 * LAYERS
+    assert moved.count("locked") == LAYERS
 
 
-def test_what_goes_to_the_host_is_counted_for_one_pass(world: World) -> None:
+def test_memory_of_a_full_micro_batch_is_locked_once(world: World, moved: list[str]) -> None:
     model = checkpointed("llama")
-    offload(model)
-    for _ in range(2):
-        gradients(model, PACKED, LENGTHS, world, 4096)
-    assert most_on_host(model) == sum(LENGTHS) * WIDTH * 4 * LAYERS
+    found = offload(model, tokens=sum(LENGTHS) + 1)
+    for tokens in (16, 64, 4096):  # ever larger micro-batches
+        gradients(model, PACKED, LENGTHS, world, tokens)
+    assert moved.count("locked") == LAYERS
+    assert found is not None
+    assert found.host_bytes == most_on_host(model) == 128 * WIDTH * 4 * LAYERS
+
+
+def test_on_a_cpu_inputs_lie_in_host_memory_as_they_are(world: World) -> None:
+    model = checkpointed("llama")
+    found = offload(model)
+    plain = gradients(checkpointed("llama"), PACKED, LENGTHS, world, 64)
+    assert equal(gradients(model, PACKED, LENGTHS, world, 64), plain)
+    assert found is not None
+    assert found.host_bytes == most_on_host(model) == 0
 
 
 def test_a_model_without_checkpointing_has_nothing_to_offload() -> None:
