@@ -117,6 +117,24 @@ def test_memory_of_a_full_micro_batch_is_locked_once(world: World, moved: list[s
     assert found.host_bytes == most_on_host(model) == 128 * WIDTH * 4 * LAYERS
 
 
+def test_a_graph_that_is_kept_takes_no_place_of_the_next_pass(moved: list[str]) -> None:
+    offloading = Offloading(lambda run, *args: run(*args))
+    weight = torch.ones(3, requires_grad=True)
+
+    def run() -> Tensor:
+        hidden = torch.ones(4, 3)
+        for _ in range(LAYERS):
+            hidden = offloading(lambda x: x * weight, hidden)
+        return hidden.sum()
+
+    first = run()
+    first.backward(retain_graph=True)
+    run().backward()
+    assert moved.count("locked") == LAYERS
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((3,), 2.0 * 4 * LAYERS))
+
+
 def test_on_a_cpu_inputs_lie_in_host_memory_as_they_are(world: World) -> None:
     model = checkpointed("llama")
     found = offload(model)
