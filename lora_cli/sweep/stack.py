@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lora_cli.engine.fused.parts import Readings, readings, remember
 from lora_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class Adapter:
                     remedy="Leave it out of adapter.target_modules, or train its members one by one with lora train.",
                 )
         adapter = cls(model, layers, base.__dict__.pop("peft_config", None))
-        _put(base, {name: layer.get_base_layer() for name, layer in layers.items()})
+        for name, layer in layers.items():
+            children, own = _place(base, name)
+            children[own] = layer.get_base_layer()
         return adapter
 
 
@@ -60,11 +63,16 @@ class Stack:
     adapters: Sequence[Adapter]
     bare: Mapping[str, nn.Module] = field(init=False)
     """The base's own layers where any member is adapted."""
+    _places: Mapping[str, tuple[dict[str, nn.Module | None], str]] = field(init=False)
+    """By their names, where these lie."""
+    _readings: dict[int, Readings] = field(init=False, default_factory=dict)
+    """By member, what its fused layers are made of: to read them anew at each seat would be a part of a small step."""
 
     def __post_init__(self) -> None:
         self.bare = {
             name: layer.get_base_layer() for adapter in self.adapters for name, layer in adapter.layers.items()
         }
+        self._places = {name: _place(self.base, name) for name in self.bare}
 
     @contextmanager
     def seated(self, member: int) -> Iterator[PeftModel]:
@@ -73,22 +81,29 @@ class Stack:
         self.base.peft_config = adapter.peft_config
         try:
             with self.holding(adapter.layers):
+                remember(self._readings.get(member, {}))
                 yield adapter.model
+                if not self._readings.get(member):
+                    self._readings[member] = readings(self.base)
         finally:
             del self.base.peft_config
 
     @contextmanager
     def holding(self, layers: Mapping[str, nn.Module]) -> Iterator[PreTrainedModel]:
         """Within it, the base has these layers in place of its own."""
-        _put(self.base, layers)
+        self._put(layers)
         try:
             yield self.base
         finally:
-            _put(self.base, self.bare)
+            self._put(self.bare)
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            children, own = self._places[name]
+            children[own] = module
 
 
-def _put(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules into their places in the base."""
-    for name, module in modules.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(base.get_submodule(parent), leaf, module)
+def _place(base: nn.Module, name: str) -> tuple[dict[str, nn.Module | None], str]:
+    """The children among which the module of this name is, and its name there."""
+    parent, _, own = name.rpartition(".")
+    return base.get_submodule(parent)._modules, own

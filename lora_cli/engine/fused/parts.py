@@ -6,7 +6,7 @@ unless nothing that was read has changed since: to see that takes a thirteenth o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 from weakref import WeakKeyDictionary
@@ -118,6 +118,19 @@ class _Reading:
 
 _read: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
 """By module, as it was last."""
+Readings = Mapping[nn.Module, _Reading]
+"""By decoder layer, what it was made of."""
+
+
+def readings(model: nn.Module) -> Readings:
+    """What has been read of a model's layers, as far as it still holds."""
+    own = set(model.modules())
+    return {layer: reading for layer, reading in _read.items() if layer in own and reading.holds()}
+
+
+def remember(readings: Readings) -> None:
+    """Take up what was read before: it is used where it still holds."""
+    _read.update(readings)
 
 
 def _places(layer: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
