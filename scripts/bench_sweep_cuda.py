@@ -106,6 +106,7 @@ def make_world(folder: Path, shape: Shape, rows: int) -> None:
 def planned(folder: Path, sizes: Sequence[int], arguments: argparse.Namespace) -> list[Job]:
     """The commands in their order, and a config for each number of rows: one that fills the caches, so that all others
     find what a user's second command does; `--runs` alone, and the sweeps."""
+    sys.path.append(str(Path(__file__).parents[1]))  # where lora isn't installed, as its commands have it
     from lora_cli.config import load_grid
 
     configs = {size: _config(folder, size, arguments.steps) for size in sizes}
