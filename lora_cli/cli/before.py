@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lora_cli.cli.libraries import load_libraries
 from lora_cli.cli.options import AsJson, ConfigFile, NoCache, Set, answer, load, print_json
 from lora_cli.errors import UserError
 
@@ -64,6 +65,7 @@ def check(
     With --probe it also loads the weights and times a few steps.
     """
     settings = load(config, set_, no_cache=no_cache)
+    load_libraries()
     from lora_cli.data.cache import Cache, cache_folder
     from lora_cli.engine.planning import make_plan
     from lora_cli.report.console import Console, show
@@ -166,6 +168,7 @@ def estimate(
     Needs the model's config.json alone: no GPU, no weights, no data. Exits 3 if it does not fit.
     """
     settings = load(config, set_)
+    load_libraries()
     from lora_cli.estimate import estimate_vram
     from lora_cli.report.console import show
     from lora_cli.report.estimate import render_estimate

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lora_cli.cli.libraries import load_libraries
 from lora_cli.cli.options import AsJson, Set, Target, answer, print_json
 from lora_cli.errors import UserError
 
@@ -108,6 +109,7 @@ def _refuse(options: dict[str, Any], why: str) -> None:
 
 
 def _on_rows(target: str, as_json: bool, **asked: Any) -> None:
+    load_libraries()
     from lora_cli.evaluate import evaluate
     from lora_cli.report.console import Console, show
     from lora_cli.report.evaluation import render_evaluation

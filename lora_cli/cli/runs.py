@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.cli.libraries import load_libraries
 from lora_cli.cli.options import AsJson, ConfigFile, NoCache, Set, load, load_sweep, print_json
 
 
@@ -25,9 +26,11 @@ def train(
     """
     settings = load(config, set_, output_dir=output_dir, no_cache=no_cache)
     from lora_cli.report.console import Console
-    from lora_cli.train import train
 
     with Console(quiet_stdout=as_json) as console:
+        load_libraries(console.emit)
+        from lora_cli.train import train
+
         summary = train(settings, resume=resume, emit=console.emit)
     if as_json:
         print_json(summary.as_json())
@@ -53,9 +56,11 @@ def sweep(
     """
     settings = load_sweep(config, set_, grid, output_dir=output_dir, no_cache=no_cache)
     from lora_cli.report.console import Console
-    from lora_cli.sweep import sweep
 
     with Console(quiet_stdout=as_json) as console:
+        load_libraries(console.emit)
+        from lora_cli.sweep import sweep
+
         summary = sweep(settings, resume=resume, emit=console.emit)
     if as_json:
         print_json(summary.as_json())
