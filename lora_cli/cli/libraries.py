@@ -1,4 +1,4 @@
-"""The libraries that every command on a model needs, imported at once."""
+"""The libraries that training, planning and evaluation need, imported at once."""
 
 from __future__ import annotations
 

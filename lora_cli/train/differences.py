@@ -44,14 +44,13 @@ def refuse_differences(before: Config, now: Config, folder: RunFolder) -> Config
             f"{folder.path} was started with another config, in {len(serious)} settings that matter",
             remedy="\n".join([*serious, "Put them back, or start anew with --output-dir."]),
         )
-    kept = {
-        key.removeprefix("train."): getattr(now.train, key.removeprefix("train."))
-        for key in HARMLESS
-        if "train." in key
-    }
-    kept = {name: value for name, value in kept.items() if value != "auto"}
+    harmless = (key.removeprefix("train.") for key in HARMLESS if "train." in key)
+    kept = {name: getattr(now.train, name) for name in harmless if getattr(now.train, name) != "auto"}
+    # Only what is checkpointed can be offloaded: whichever is given now decides about what was settled of the other.
     if kept.get("activation_offloading"):
-        kept.setdefault("gradient_checkpointing", True)  # without which there is nothing to offload
+        kept.setdefault("gradient_checkpointing", True)
+    if kept.get("gradient_checkpointing") is False:
+        kept.setdefault("activation_offloading", False)
     return before.model_copy(update={"train": before.train.model_copy(update=kept), "output_dir": now.output_dir})
 
 

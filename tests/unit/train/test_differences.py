@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_cli.config import load_config
+from lora_cli.config.contradictions import contradictions
 from lora_cli.config.resolved import dump_config
 from lora_cli.errors import RunFolderError
 from lora_cli.runs.folder import RunFolder
@@ -77,6 +78,15 @@ def test_what_is_offloaded_from_now_on_is_checkpointed(compare):
     config = compare(["train.gradient_checkpointing=false"], ["train.activation_offloading=true"])
     assert config.train.gradient_checkpointing is True
     assert compare(["train.gradient_checkpointing=true"]).train.gradient_checkpointing is True
+
+
+def test_what_is_no_longer_checkpointed_is_no_longer_offloaded(compare):
+    """Together they are a contradiction: the run's own config.yaml could not be read again."""
+    settled = ["train.gradient_checkpointing=true", "train.activation_offloading=true"]
+    config = compare(settled, ["train.gradient_checkpointing=false"])
+    assert (config.train.gradient_checkpointing, config.train.activation_offloading) == (False, False)
+    assert not list(contradictions(config))
+    assert compare(settled).train.activation_offloading is True
 
 
 @pytest.mark.parametrize(
