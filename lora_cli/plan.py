@@ -136,6 +136,8 @@ class Engine:
     fusion: str | None = None
     """What runs by the fused arithmetic: `native` (whole layers on compiled kernels), `layers`, `linears`, or
     nothing."""
+    flash4: bool = False
+    """Attention runs by FlashAttention 4's kernels."""
 
 
 @dataclass(frozen=True)

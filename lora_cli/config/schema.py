@@ -245,6 +245,10 @@ class TrainConfig(Section):
     fused: bool = True
     """Layers of known make run by arithmetic that is proven equal to their own at start-up, and faster."""
 
+    flash_attention_4: bool = True
+    """Attention by FlashAttention 4, where the package flash-attn-4 is installed and proven right on the card:
+    Hopper, Blackwell."""
+
     logging_steps: Count = 10
     """Steps between two lines of metrics."""
 

@@ -30,6 +30,7 @@ def make_computation(config: Config, proof: Proof, device: torch.device) -> Comp
         dtype=dtype,
         attention=proof.attention,
         fusion=proof.fusion_on(target_of(device), dtype, config.model.quantization),
+        flash4=proof.flash4,
     )
 
 

@@ -46,9 +46,10 @@ class UnsupportedAttention(Exception):
     """The model asks for something that attention by document doesn't do; the message says what."""
 
 
-def boundaries(batch: FlatBatch) -> dict[str, Any]:
-    """The keyword arguments that carry a batch's document boundaries through a model."""
-    return {"document_lengths": batch.document_lengths, "cu_seq_lens_q": batch.cu_seqlens}
+def boundaries(batch: FlatBatch, *, flash4: bool = False) -> dict[str, Any]:
+    """The keyword arguments that carry a batch's document boundaries through a model, and which kernels to take."""
+    more = {"flash4": True} if flash4 else {}
+    return {"document_lengths": batch.document_lengths, "cu_seq_lens_q": batch.cu_seqlens, **more}
 
 
 def document_attention(
@@ -66,6 +67,7 @@ def document_attention(
     is_causal: bool | None = None,
     document_lengths: tuple[int, ...] | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    flash4: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document; the signature is that of transformers' `AttentionInterface`.
@@ -89,7 +91,8 @@ def document_attention(
         wanted = torch.get_autocast_dtype("cuda")
         query_1HTE, key_1KTE, value_1KTE = (t.to(wanted) for t in (query_1HTE, key_1KTE, value_1KTE))
     if plain and query_1HTE.is_cuda and _varlen_takes(query_1HTE, value_1KTE) and not dropout:
-        return _varlen(query_1HTE, key_1KTE, value_1KTE, document_lengths, cu_seq_lens_q, scaling, sliding_window), None
+        where = Documents(document_lengths, cu_seq_lens_q, sliding_window, flash4)
+        return _varlen(query_1HTE, key_1KTE, value_1KTE, where, scaling), None
     rounds = _rounds(document_lengths)
     query_1HTE, key_1KTE, value_1KTE = (_folded(each, rounds) for each in (query_1HTE, key_1KTE, value_1KTE))
     lengths = list(document_lengths[: len(document_lengths) // rounds])
@@ -184,13 +187,10 @@ def _varlen(
     query_1HTE: Tensor,
     key_1KTE: Tensor,
     value_1KTE: Tensor,
-    lengths: tuple[int, ...],
-    cu_seqlens: Tensor,
+    documents: Documents,
     scaling: float | None,
-    window: int | None,
 ) -> Tensor:
     scale = query_1HTE.shape[-1] ** -0.5 if scaling is None else scaling
-    documents = Documents(lengths, cu_seqlens, window)
     given = (t.squeeze(0).transpose(0, 1).contiguous() for t in (query_1HTE, key_1KTE, value_1KTE))
     output_THE: Tensor = Attention.apply(*given, documents, scale)  # type: ignore[no-untyped-call]
     return output_THE.unsqueeze(0)

@@ -36,6 +36,8 @@ class Computation:
     """transformers' name of the model's own attention, used unless `packing` is `documents`."""
     fusion: Fusion | None = None
     """What runs by the fused arithmetic; None is the modules' own code."""
+    flash4: bool = False
+    """Attention by document on a card: by FlashAttention 4's kernels, not by PyTorch's own."""
 
     def micro_batches(self, lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
         """Indices into `lengths`, grouped into micro-batches."""
@@ -76,4 +78,4 @@ class Computation:
         return {"native": True} if self.fusion == "native" and self.loss == "chunked" else {}
 
     def _boundaries(self, batch: FlatBatch) -> dict[str, Any]:
-        return attention.boundaries(batch) if self.packing == "documents" else {}
+        return attention.boundaries(batch, flash4=self.flash4) if self.packing == "documents" else {}

@@ -166,6 +166,7 @@ def prepare(
             dropout=largest_dropout(model),
             notes=proof.notes,
             fusion=make_computation(resolved, proof, device).fusion,
+            flash4=proof.flash4,
         ),
         memory=settled.memory,
         writes=planned_writes(resolved, parameters.trainable, steps),

@@ -24,6 +24,7 @@ from lora_cli.config import AdapterConfig, Config, QuantizationConfig
 from lora_cli.engine import attention
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
+from lora_cli.engine.fused import flash4
 from lora_cli.engine.fused.fitting import Fusion, fits_target, fuse
 from lora_cli.engine.fused.native import kernels
 from lora_cli.engine.fused.native.proof import Sizes, holds
@@ -65,6 +66,8 @@ class Proof:
     """Relative difference between the chunked loss and transformers' own, or between their gradients."""
     fusion: Fusion | None = None
     """What the fused arithmetic fits, and whether on compiled kernels; `fusion_on` says where it runs."""
+    flash4: bool = False
+    """Whether FlashAttention 4's kernels are installed and right on this card."""
 
     def fusion_on(self, target: Target, dtype: torch.dtype, quantization: QuantizationConfig | None) -> Fusion | None:
         """What of it runs in this dtype on a CPU or card."""
@@ -105,7 +108,7 @@ def prove(
 def prove_run(config: Config, architecture: PretrainedConfig, device: torch.device | None = None) -> Proof:
     """`prove` with what a config says of adapter, attention and loss, for training on `device`, where there is one."""
     on_cpu = device is not None and device.type == "cpu" and config.model.quantization is None
-    return prove(
+    proof = prove(
         architecture,
         config.adapter,
         attn_implementation=config.model.attn_implementation,
@@ -113,6 +116,23 @@ def prove_run(config: Config, architecture: PretrainedConfig, device: torch.devi
         fused=config.train.fused,
         native=resolve_dtype(config.model.dtype, device) if device is not None and on_cpu else None,
     )
+    asked = config.train.flash_attention_4 and proof.packing == "documents"
+    on_card = device is not None and device.type == "cuda" and flash4.installed()
+    if device is None or not asked or not on_card:
+        return proof
+    return _prove_flash4(proof, architecture, resolve_dtype(config.model.dtype, device), device)
+
+
+def _prove_flash4(proof: Proof, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Proof:
+    """Whether FlashAttention 4 is right on this card at the model's sizes; of others nothing is said."""
+    sizes = Sizes.of(architecture)
+    if sizes is None or not flash4.takes(torch.empty(1, 1, sizes.head, dtype=dtype, device=device)):
+        return proof
+    window = getattr(architecture.get_text_config(), "sliding_window", None)
+    wrong = flash4.prove(flash4.Heads(sizes.query_heads, sizes.key_heads, sizes.head, window), dtype, device)
+    if wrong is None:
+        return replace(proof, flash4=True)
+    return replace(proof, notes=(*proof.notes, f"PyTorch's attention kernels: flash-attn-4 is installed, but {wrong}"))
 
 
 def _auto(name: str) -> str:

@@ -118,8 +118,9 @@ def engine_words(engine: Engine) -> str:
         checkpointing += " with layers' inputs in host memory"
     dropout = f", dropout {engine.dropout:g}" if engine.dropout else ""
     tokens = numbers.counted(engine.micro_batch_tokens, "token")
+    attention = ", FlashAttention 4" if engine.flash4 else ""
     return (
-        f"{engine.device}{processes}; micro-batches of {tokens}, {_PACKING[engine.packing]}; "
+        f"{engine.device}{processes}; micro-batches of {tokens}, {_PACKING[engine.packing]}{attention}; "
         f"{engine.loss} loss, {checkpointing}{dropout}"
     )
 

@@ -13,7 +13,7 @@ HARMLESS = frozenset(
     {"output_dir", "data.cache", "train.logging_steps", "train.save_steps", "train.save_minutes"}
     | {"train.save_total_limit", "train.report_to", "train.micro_batch_tokens", "train.num_train_epochs"}
     | {"train.max_steps", "train.eval_steps", "train.early_stopping_patience"}
-    | {"train.gradient_checkpointing", "train.activation_offloading"}
+    | {"train.gradient_checkpointing", "train.activation_offloading", "train.flash_attention_4"}
 )
 """Settings that can't change the steps already taken. Epochs and max_steps extend a run."""
 

@@ -102,6 +102,8 @@ _UNSLOTH_WRAPPED, _ = _pair("unsloth", "Unsloth, rows across documents", "bf16",
 _HOST = ("lora train, checkpointing, activations on the host", "train.activation_offloading=true")
 _AWAY = CudaWay("lora-ckpt-offload", _HOST[0], "lora", "bf16", True, _HOST[1:])
 _AWAY_Q = CudaWay("qlora-ckpt-offload", _HOST[0], "lora", "nf4", True, _HOST[1:])
+_TORCH = ("lora train, PyTorch's attention kernels", "train.flash_attention_4=false")
+_FLASH2 = CudaWay("lora-flash2", _TORCH[0], "lora", "bf16", False, _TORCH[1:])
 _TRAINER = CudaWay("trainer", "transformers' Trainer + PEFT", "trainer", "bf16", False)
 
 CUDA_WAYS: Sequence[CudaWay] = (
@@ -117,6 +119,7 @@ CUDA_WAYS: Sequence[CudaWay] = (
     _QLORA_CKPT,
     _AWAY,
     _AWAY_Q,
+    _FLASH2,
     _UNFUSED,
     _TRL_WRAPPED,
     _UNSLOTH_WRAPPED,
@@ -134,6 +137,7 @@ def climbers(ladder: tuple[int, ...], base: Literal["bf16", "nf4"]) -> list[Cuda
     ways: tuple[tuple[str, str, Literal["lora", "trl", "unsloth"], tuple[str, ...]], ...] = (
         ("longest-lora", "lora train", "lora", kept),
         ("longest-lora-offload", "lora train, activations on the host", "lora", moved),
+        ("longest-lora-flash2", f"{_TORCH[0]}, activations on the host", "lora", (*moved, *_TORCH[1:])),
         ("longest-unsloth", "Unsloth", "unsloth", ("packing=rows",)),
         ("longest-trl", "TRL + Liger", "trl", ("packing=rows",)),
     )

@@ -1,6 +1,7 @@
 """Causal attention within each document, there and back, on rows of tokens [T, heads, head size].
 
-On a CUDA card in 16 bits all of them are one call of PyTorch's variable-length flash kernel. On a CPU documents of
+On a CUDA card in 16 bits all of them are one call of a variable-length flash kernel, PyTorch's own or a newer one
+(`flash4`). On a CPU documents of
 about one length are taken together, each padded at its end to the longest of them: under causal attention
 no token sees what comes after it, so that padding changes nothing, and a few large operations take the place of
 hundreds of small ones. PyTorch's flash kernel for the CPU does the rest, and takes grouped heads as they are. 16 bits
@@ -22,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lora_cli.engine.fused import flash4
+
 aten = torch.ops.aten
 
 
@@ -34,6 +37,8 @@ class Documents:
     """[documents + 1], int32, where each begins and the last one ends: for a card."""
     window: int | None = None
     """How many tokens back, itself included, a token sees: on a card alone."""
+    flash4: bool = False
+    """Whether FlashAttention 4's kernels have been proven right there."""
 
 
 SHORTEST = 0.85
@@ -85,6 +90,9 @@ def attend(
     """[T, H, E], and what `attend_back` needs."""
     if query_THE.is_cuda:
         given = (query_THE, key_TKE, value_TKE)
+        if documents.flash4 and flash4.takes(query_THE):
+            out, log_sums = flash4.flash4(*given, *_for_flash4(documents), scale)
+            return out, [*given, log_sums]
         out, log_sums, seed, unused, _ = aten._flash_attention_forward(
             *given, *_on_card(documents), False, scale=scale, **_window(documents)
         )
@@ -106,6 +114,9 @@ def attend_back(
     grad_THE: Tensor, out_THE: Tensor, kept: Sequence[Tensor], documents: Documents, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from those of `attend`'s output, that output and what it kept."""
+    if grad_THE.is_cuda and len(kept) == _KEPT_BY_FLASH4:
+        query, key, value, log_sums = kept
+        return flash4.flash4_back(grad_THE, query, key, value, out_THE, log_sums, *_for_flash4(documents), scale)
     if grad_THE.is_cuda:
         *given, log_sums, seed, unused = kept
         about = (*_on_card(documents), seed, unused)
@@ -151,6 +162,15 @@ def _on_card(documents: Documents) -> tuple[Any, ...]:
     assert documents.starts is not None
     longest = max(documents.lengths)
     return documents.starts, documents.starts, longest, longest, 0.0, documents.window is None
+
+
+_KEPT_BY_FLASH4 = 4
+"""Tensors; PyTorch's kernel keeps two more, for dropout."""
+
+
+def _for_flash4(documents: Documents) -> tuple[Tensor, int, int | None]:
+    assert documents.starts is not None
+    return documents.starts, max(documents.lengths), documents.window
 
 
 def _window(documents: Documents) -> dict[str, int]:

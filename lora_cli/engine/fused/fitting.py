@@ -143,7 +143,8 @@ def plain_call(
     cos, sin = positions
     if not _takes(layer, hidden_1TM, cos) or _window(module) < max(lengths):
         return None
-    return cos[0].contiguous(), sin[0].contiguous(), Documents(lengths, kwargs.get("cu_seq_lens_q"))
+    where = Documents(lengths, kwargs.get("cu_seq_lens_q"), flash4=bool(kwargs.get("flash4")))
+    return cos[0].contiguous(), sin[0].contiguous(), where
 
 
 def _takes(layer: DecoderLayer, hidden_1TM: Tensor, cos_1TE: Tensor) -> bool:

@@ -159,6 +159,7 @@ class Rehearsals:
             dtype=dtype,
             attention=self._proof.attention,
             fusion="layers" if fusion == "native" else fusion,  # compiled kernels can't be rehearsed, and need less
+            flash4=self._proof.flash4 and target.kind == "cuda",
         )
 
 

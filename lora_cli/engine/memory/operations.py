@@ -15,6 +15,8 @@ from torch.utils.flop_counter import flop_registry
 _PRODUCTS = {
     "aten::_flash_attention_forward": 2,
     "aten::_flash_attention_backward": 5,
+    "lora_cli::flash4": 2,
+    "lora_cli::flash4_back": 5,
 }
 """Products of a document's length, its length and a head's size: scores and values, and five for their gradients."""
 

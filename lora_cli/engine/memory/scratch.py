@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.engine.fused import flash4
 from lora_cli.engine.target import Target
 
 aten = torch.ops.aten
@@ -117,6 +118,7 @@ _CUDA: dict[Any, Sizes] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._flash_attention_backward.default: _varlen_backward,
+    torch.ops.lora_cli.flash4_back.default: flash4.scratch_bytes,
 }
 
 
