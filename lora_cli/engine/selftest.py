@@ -126,7 +126,7 @@ def prove_run(config: Config, architecture: PretrainedConfig, device: torch.devi
 def _prove_flash4(proof: Proof, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Proof:
     """Whether FlashAttention 4 is right on this card at the model's sizes; of others nothing is said."""
     sizes = Sizes.of(architecture)
-    if sizes is None or not flash4.takes(torch.empty(1, 1, sizes.head, dtype=dtype, device=device)):
+    if sizes is None or not flash4.takes(sizes.head, dtype, device):
         return proof
     window = getattr(architecture.get_text_config(), "sliding_window", None)
     wrong = flash4.prove(flash4.Heads(sizes.query_heads, sizes.key_heads, sizes.head, window), dtype, device)

@@ -22,6 +22,7 @@ import os
 import runpy
 import sys
 import time
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ class Watch:
             took = [b - a for a, b in pairwise(self.marks)]
             memory = {}
         versions = {name: getattr(sys.modules[name], "__version__", "?") for name in _VERSIONS if name in sys.modules}
+        if "flash_attn.cute" in sys.modules:
+            versions["flash-attn-4"] = version("flash-attn-4")
         report = self.said | memory | {"step_seconds": took, "versions": versions}
         self.report.write_text(json.dumps(report), encoding="utf-8")
 

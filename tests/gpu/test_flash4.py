@@ -15,7 +15,7 @@ from lora_cli.engine.fused.documents import Documents, attend, attend_back
 from lora_cli.engine.selftest import prove_run
 
 CARD = torch.device("cuda")
-LENGTHS = (1, 7, 64, 130, 257, 33)
+LENGTHS = (1, 7, 64, 130, 1400, 33)
 
 
 @pytest.fixture(autouse=True)
@@ -75,13 +75,14 @@ def test_its_memory_is_foretold(query, key, size):
     out, kept = attend(*draw[:3], where, 1.0)
     attend_back(draw[3], out, kept, where, 1.0)  # compiles
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()[
+        "requested_bytes.all.current"
+    ]  # what was asked for, not what a block leaves over
     torch.cuda.reset_peak_memory_stats()
     grads = attend_back(draw[3], out, kept, where, 1.0)
-    taken = torch.cuda.max_memory_allocated() - before
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     results = sum(grad.numel() * grad.element_size() for grad in grads)
-    foretold = flash4.scratch_bytes((draw[3], *draw[:3], out, kept[3], starts))
-    assert taken == results + sum(-(size // -512) * 512 for size in foretold)
+    assert taken == results + sum(flash4.scratch_bytes((draw[3], *draw[:3], out, kept[3], starts)))
 
 
 def test_a_run_takes_it_where_it_is_right_and_says_why_where_not(tmp_path):

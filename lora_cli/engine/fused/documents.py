@@ -90,7 +90,7 @@ def attend(
     """[T, H, E], and what `attend_back` needs."""
     if query_THE.is_cuda:
         given = (query_THE, key_TKE, value_TKE)
-        if documents.flash4 and flash4.takes(query_THE):
+        if documents.flash4 and flash4.pays(documents.lengths) and _flash4_takes(query_THE):
             out, log_sums = flash4.flash4(*given, *_for_flash4(documents), scale)
             return out, [*given, log_sums]
         out, log_sums, seed, unused, _ = aten._flash_attention_forward(
@@ -166,6 +166,10 @@ def _on_card(documents: Documents) -> tuple[Any, ...]:
 
 _KEPT_BY_FLASH4 = 4
 """Tensors; PyTorch's kernel keeps two more, for dropout."""
+
+
+def _flash4_takes(query_THE: Tensor) -> bool:
+    return flash4.takes(query_THE.shape[-1], query_THE.dtype, query_THE.device)
 
 
 def _for_flash4(documents: Documents) -> tuple[Tensor, int, int | None]:

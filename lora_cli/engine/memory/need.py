@@ -137,8 +137,9 @@ class Rehearsals:
         return replace(self._known[key], config=config)
 
     def _replayed(self, name: str, config: Config, target: Target, shape: MicroBatches) -> tuple[Replay, Trace]:
-        """Ampere and what came after it run the same kernels; only cuBLAS's workspace differs."""
-        alike = Target("cuda", (8, 0)) if target.capability >= (8, 0) else target
+        """Ampere and what came after it run the same kernels, but for FlashAttention 4's; only cuBLAS's workspace
+        differs."""
+        alike = target if target.capability < (8, 0) or self._proof.flash4 else Target("cuda", (8, 0))
         workspace = workspace_bytes(target)
         if (name, alike) not in self._traces:
             computation = self.computation(config, alike)
