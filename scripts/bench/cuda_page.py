@@ -31,7 +31,7 @@ def cuda_table(rows: Sequence[Row]) -> str:
     """Markdown, in the order of the rows; a failed way has its error's last line."""
     lines = [" | ".join(_HEAD), "|".join("---" for _ in _HEAD)]
     for row in rows:
-        says = f"{row['says']} | {'NF4' if row['base'] == 'nf4' else 'bf16'}"
+        says = f"{_says(row)} | {'NF4' if row['base'] == 'nf4' else 'bf16'}"
         if "error" in row:
             last = (row["last_lines"].splitlines() or [""])[-1]
             lines.append(f"{says} | failed: {row['error']}: {last[:120].replace('|', '/')}" + " |" * (len(_HEAD) - 3))
@@ -40,15 +40,26 @@ def cuda_table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def _says(row: Row) -> str:
+    """What the way is; with FlashAttention 4 where it was installed and used."""
+    return row["says"] + (", FlashAttention 4" if _FLASH4 in row.get("versions", {}) else "")
+
+
+_FLASH4 = "flash-attn-4"
 _LIKE = ("base", "checkpointing")
 
 
 def _is_ours(row: Row) -> bool:
-    return "error" not in row and row["way"] in ("lora", "lora-ckpt", "qlora", "qlora-ckpt")
+    return (
+        "error" not in row
+        and _FLASH4 not in row.get("versions", {})
+        and row["way"] in ("lora", "lora-ckpt", "qlora", "qlora-ckpt")
+    )
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
-    """What stands behind way and base. lora is compared as it is by default, with the same base and checkpointing."""
+    """What stands behind way and base. lora is compared as it is without more packages, with the same base and
+    checkpointing."""
     ours = next((each for each in rows if _is_ours(each) and all(each[key] == row[key] for key in _LIKE)), None)
     faster = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} times" if ours else "-"
     timed, peak = row["timed_seconds"], row["matmul_peak_flops"]
@@ -69,15 +80,15 @@ def _gib(count: int | None) -> str:
 
 
 def longest_tables(rows: Sequence[Row]) -> list[str]:
-    """A table for each card, base, limit and ladder, under a line that says them; of each way the last row."""
-    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    """A table for each card, base and limit, under a line that says them; of each way the last row on a ladder."""
+    groups: dict[tuple[Any, ...], dict[Any, Row]] = {}
     for row in rows:
-        key = (row["card"], row["base"], row["limit_bytes"], tuple(row["ladder"]))
-        groups.setdefault(key, {})[row["way"]] = row
+        key = (row["card"], row["base"], row["limit_bytes"])
+        groups.setdefault(key, {})[row["way"], tuple(row["ladder"])] = row
     return [f"{_of_ladder(*key)}\n\n{longest_table(list(group.values()))}" for key, group in groups.items()]
 
 
-def _of_ladder(card: str, base: str, limit: int | None, _: tuple[int, ...]) -> str:
+def _of_ladder(card: str, base: str, limit: int | None) -> str:
     of_it = f"{_gib(limit)} of it" if limit else "all of it"
     said = {"nf4": "NF4", "bf16": "bf16"}[base]
     return f"One document in one step, base in {said}, {card}, {of_it}; peak of allocated memory:"
@@ -85,18 +96,20 @@ def _of_ladder(card: str, base: str, limit: int | None, _: tuple[int, ...]) -> s
 
 def longest_table(rows: Sequence[Row]) -> str:
     """Peaks of memory over the length of a single document; the longest that trained, and the seconds of its step (not
-    known of the first); where a straight line through the two longest meets the memory there is: an estimate."""
-    ladder = rows[0]["ladder"]
-    head = ["way", *(f"{length:,}" for length in ladder), "longest that trained", "its step"]
+    known of the first); where a straight line through the two longest meets the memory there is: an estimate. A length
+    that a way wasn't asked for is left empty."""
+    lengths = sorted({length for row in rows for length in row["ladder"]})
+    head = ["way", *(f"{length:,}" for length in lengths), "longest that trained", "its step"]
     head += ["by a straight line", "ended by"]
     lines = [" | ".join(head), "|".join("---" for _ in head)]
     for row in rows:
-        peaks = [peak for peak, _ in row.get("step_peaks", [])]
-        cells = [_gib(peak) for peak in peaks] + ["-"] * (len(ladder) - len(peaks))
+        ladder, peaks = row["ladder"], [peak for peak, _ in row.get("step_peaks", [])]
+        reached = dict(zip(ladder, map(_gib, peaks), strict=False))
+        cells = [reached.get(length, "-" if length in ladder else "") for length in lengths]
         longest = f"{ladder[len(peaks) - 1]:,}" if peaks else "-"
         step = f"{row['step_seconds'][len(peaks) - 2]:.1f} s" if len(peaks) > 1 else "-"
         ended = row.get("error", "the list")
-        lines.append(" | ".join([row["says"], *cells, longest, step, _by_line(row, peaks), ended]))
+        lines.append(" | ".join([_says(row), *cells, longest, step, _by_line(row, peaks), ended]))
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -111,7 +124,7 @@ def _by_line(row: Row, peaks: Sequence[int]) -> str:
 
 def write_cuda_page(measurements: Path, page: Path) -> None:
     """Put a table for each file `cuda-*.jsonl` into the page, with the card and versions above it and its rows below,
-    and those of `longest-*.jsonl`, a table for each ladder."""
+    and those of `longest-*.jsonl`, a table for each base and limit."""
     parts = [_section(file) for file in sorted(measurements.glob("cuda-*.jsonl"))]
     for file in sorted(measurements.glob("longest-*.jsonl")):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -122,10 +135,11 @@ def write_cuda_page(measurements: Path, page: Path) -> None:
 
 def _section(file: Path) -> str:
     """The last row of each way that was measured to the end, or of those that never were, how they failed."""
-    found: dict[str, Row] = {}
+    found: dict[tuple[str, bool], Row] = {}
     for row in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-        if "error" not in row or "error" in found.get(row["way"], row):
-            found[row["way"]] = row
+        key = (row["way"], _FLASH4 in row.get("versions", {}))
+        if "error" not in row or "error" in found.get(key, row):
+            found[key] = row
     rows = list(found.values())
     versions: dict[str, str] = {}
     for row in rows:
@@ -134,6 +148,6 @@ def _section(file: Path) -> str:
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     peak = first["matmul_peak_flops"] / 1e12
     head = f"{first['card']}, driver {first['driver']}; bf16 product {peak:.0f} TFLOP/s; {said}."
-    missing = [f"`{way.name}`" for way in CUDA_WAYS if way.name not in found]
+    missing = [f"`{way.name}`" for way in CUDA_WAYS if way.name not in {name for name, _ in found}]
     absent = f"\n\nNot measured: {', '.join(missing)}." if missing else ""
     return f"{head} Rows: [measurements/{file.name}](measurements/{file.name}).\n\n{cuda_table(rows)}{absent}"

@@ -73,7 +73,7 @@ def test_the_longest_document_is_read_off_a_line() -> None:
     assert lines[5].endswith("| 4,000 | 4.0 s | - | out of memory |")
 
 
-def test_each_ladder_has_a_table_of_its_own(tmp_path: Path) -> None:
+def test_each_base_and_limit_has_a_table_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "measurements").mkdir()
     page = tmp_path / "speed.md"
     page.write_text("<!-- cuda: begin -->\n<!-- cuda: end -->\n")
@@ -84,6 +84,9 @@ def test_each_ladder_has_a_table_of_its_own(tmp_path: Path) -> None:
         way | done,  # once more, and it is the last that counts
         way | done | {"limit_bytes": 24 * 2**30, "error": "out of memory"},
         way | done | {"base": "nf4", "limit_bytes": 24 * 2**30},
+        way
+        | {"base": "nf4", "limit_bytes": 24 * 2**30, "ladder": [12], "step_peaks": [[2**30, 0]], "step_seconds": []}
+        | {"versions": {"flash-attn-4": "4"}},
     ]
     (tmp_path / "measurements" / "longest-x.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     write_cuda_page(tmp_path / "measurements", page)
@@ -94,6 +97,8 @@ def test_each_ladder_has_a_table_of_its_own(tmp_path: Path) -> None:
         "One document in one step, base in NF4, NVIDIA X, 24.0 GiB of it; peak of allocated memory:",
     ]
     assert "no end in time" not in text and text.count("| lora train |") == 3
+    assert "| lora train | 1.0 GiB |  | 2.0 GiB | 16 |" in text
+    assert "| lora train, FlashAttention 4 |  | 1.0 GiB |  | 12 |" in text
 
 
 def test_ways_that_climb_are_chosen_by_name() -> None:
