@@ -42,7 +42,7 @@ def cuda_table(rows: Sequence[Row]) -> str:
 
 def _says(row: Row) -> str:
     """What the way is; with FlashAttention 4 where it was installed and used."""
-    return row["says"] + (", FlashAttention 4" if _FLASH4 in row.get("versions", {}) else "")
+    return f"{row['says']}{', FlashAttention 4' if _FLASH4 in row.get('versions', {}) else ''}"
 
 
 _FLASH4 = "flash-attn-4"
