@@ -1,11 +1,11 @@
 """Causal attention within each document, there and back, on rows of tokens [T, heads, head size].
 
-On a CUDA card in 16 bits all of them are one call of a variable-length flash kernel, PyTorch's own or a newer one
-(`flash4`). On a CPU documents of
-about one length are taken together, each padded at its end to the longest of them: under causal attention
-no token sees what comes after it, so that padding changes nothing, and a few large operations take the place of
-hundreds of small ones. PyTorch's flash kernel for the CPU does the rest, and takes grouped heads as they are. 16 bits
-are computed in float32, because that kernel is several times slower in bfloat16 on its way back.
+On a CUDA card in 16 bits all of them are one call of a variable-length flash kernel, PyTorch's own or FlashAttention
+4's (`flash4`). On a CPU documents of about one length are taken together, each padded at its end to the longest of
+them: under causal attention no token sees what comes after it, so that padding changes nothing, and a few large
+operations take the place of hundreds of small ones. PyTorch's flash kernel for the CPU does the rest, and takes grouped
+heads as they are. 16 bits are computed in float32, because that kernel is several times slower in bfloat16 on its way
+back.
 
 Dimension names: D documents of a group, L tokens of each, H query heads, K key heads, E head size, P tokens of all
 groups with their padding.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from lora_cli.config import Config
-from lora_cli.engine.fused import flash4
+from lora_cli.engine.fused import documents, flash4
 from lora_cli.engine.fused.documents import Documents, attend, attend_back
 from lora_cli.engine.memory.need import Rehearsals
 from lora_cli.engine.memory.operations import flops_of
@@ -100,6 +100,25 @@ def test_pytorchs_kernel_does_what_it_cannot_or_does_slowly(lengths: Any, target
 
 def test_what_it_is_tried_on_is_long_enough() -> None:
     assert flash4.pays(flash4._LENGTHS)  # or PyTorch's kernel would be compared with itself
+
+
+@pytest.mark.parametrize(
+    ("broken", "verdict"),
+    [
+        (lambda out: out, None),
+        (lambda out: out * 1.1, "its results are "),
+        (lambda out: out.index_fill(0, torch.tensor([7]), float("nan")), "its results are inf from those of"),
+        (lambda out: out.no_such_thing, "AttributeError: 'Tensor' object has no attribute 'no_such_thing'"),
+    ],
+)
+def test_what_is_wrong_is_said(broken: Any, verdict: str | None) -> None:
+    def attend_differently(query: Any, key: Any, value: Any, where: Documents, scale: float) -> Any:
+        out, kept = attend(query, key, value, where, scale)
+        return (broken(out) if where.flash4 else out), kept
+
+    with mock.patch.object(documents, "attend", attend_differently):
+        found = flash4.prove(flash4.Heads(4, 2, 32), torch.float32, torch.device("cpu"))
+    assert found == verdict if verdict is None else (found or "").startswith(verdict)
 
 
 def run_config(**train: Any) -> tuple[Config, LlamaConfig]:
