@@ -52,15 +52,28 @@ INLINE void put_step(int pieces, int exact, vec first, vec second, uint16_t *to,
         *(rowvec_at *)(to + p * piece) = __builtin_shuffle((rowvec)one[p], (rowvec)other[p], uppers);
 }
 
-/* Zeros up to a whole step, in a row of `width` values. */
-INLINE void fill_left(int pieces, uint16_t *left, int64_t steps, int64_t row, int64_t width) {
-    if (width % WIDE) put_left(pieces, left, steps, row, width, (vec){0});
+/* A whole step of a row of left blocks, values `column` to `column` + 31. */
+INLINE void put_wide(int pieces, uint16_t *left, int64_t steps, int64_t row, int64_t column, vec first, vec second) {
+    if (pieces == 1) {
+        put_step(1, 0, first, second, left_at(1, left, steps, row, column), LEFT);
+        return;
+    }
+    put_left(pieces, left, steps, row, column, first);
+    put_left(pieces, left, steps, row, column + WIDTH, second);
 }
 
-/* A row of bfloat16 or float32. */
+/* Values `index` to `index` + 15 of a row of `width`, or zeros where it has ended. */
+INLINE vec load_or_0(const void *row, int64_t index, int64_t width, int half) {
+    return index < width ? load(row, index, half) : (vec){0};
+}
+
+/* A row of bfloat16 or float32, with zeros up to a whole step. */
 INLINE void put_row(int pieces, uint16_t *left, int64_t steps, int64_t r, const void *from, int64_t width, int half) {
-    for (int64_t c = 0; c < width; c += WIDTH) put_left(pieces, left, steps, r, c, load(from, c, half));
-    fill_left(pieces, left, steps, r, width);
+    for (int64_t c = 0; c < width; c += WIDE) {
+        if (pieces == 1 && half && c + WIDE <= width)
+            memcpy(left_at(1, left, steps, r, c), (const uint16_t *)from + c, WIDE * 2);
+        else put_wide(pieces, left, steps, r, c, load(from, c, half), load_or_0(from, c + WIDTH, width, half));
+    }
 }
 
 /* A matrix of 16-wide columns, bfloat16 or float32, plus b a where it has one: b [rows, rank], a [rank, columns]. */

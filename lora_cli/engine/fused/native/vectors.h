@@ -130,9 +130,13 @@ INLINE vec exponential_vec(vec x) {
 #endif
 
 INLINE float sum_of(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < WIDTH; i++) total += v[i];
     return total;
+#endif
 }
 
 INLINE float largest_of(vec v) {
