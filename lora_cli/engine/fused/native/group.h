@@ -252,7 +252,7 @@ INLINE void add_sums(int pieces, const Room *room, int64_t ranks, const uint16_t
     for (int64_t n = x.from * WIDE; n < least(columns, x.to * WIDE); n += WIDE) {
         int across = columns - n > TILE;
         for (int64_t m = 0; m < blocks * pieces; m++)
-            pair_block(x.at + ((m / pieces * x.steps + n / WIDE - x.from) * pieces + m % pieces) * LEFT,
+            pair_block(x.at + ((m / pieces * x.steps + n / WIDE - x.from) * pieces + m % pieces) * LEFT, WIDE,
                        room->panel + m * RIGHT);
         for (int64_t t = 0; t < ranks; t += WIDE) {
             int down = ranks - t > TILE;

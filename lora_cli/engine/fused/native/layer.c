@@ -42,7 +42,15 @@ INLINE void add_bias(const void *bias, float *to, int64_t first, int64_t columns
 
 INLINE void turn_heads(const Layer *l, float *to, int64_t token, float sign, int half) {
     const void *c = row(l->cosine, token, l->head, half), *s = row(l->sine, token, l->head, half);
-    for (int64_t h = 0; h < l->turned_heads; h++) rotate_head(to + h * l->head, 0, c, s, sign, l->head / 2, half);
+    for (int64_t i = 0, size = l->head / 2; i < size; i += WIDTH) { /* of all heads, so that positions are read once */
+        vec cosines[2] = {load(c, i, half), load(c, i + size, half)};
+        vec sines[2] = {load(s, i, half) * sign, load(s, i + size, half) * sign};
+        for (float *head = to + i; head < to + l->turned_heads * l->head; head += l->head) {
+            vec first = load(head, 0, 0), second = load(head, size, 0);
+            store(head, 0, first * cosines[0] - second * sines[0], 0);
+            store(head, size, second * cosines[1] + first * sines[1], 0);
+        }
+    }
 }
 
 INLINE Left left_of(const Own *own, int64_t number) { return whole_left(own->left[number], own->steps[number]); }

@@ -104,12 +104,34 @@ INLINE void square(const Matrix *m, int64_t row, int64_t column, vec to[TILE]) {
     }
 }
 
+/* 32 rows of 32 bfloat16s, `row` apart, as a step of a right panel that is summed over these rows; of a left block's it is
+ * one piece. */
+INLINE void pair_block(const uint16_t *from, int64_t row, uint32_t *panel) {
+    const rowvec first = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    for (int64_t j = 0; j < WIDE / 2; j++, from += 2 * row, panel += TILE) {
+        rowvec even = *(const rowvec_at *)from, odd = *(const rowvec_at *)(from + row);
+        *(rowvec_at *)(void *)panel = __builtin_shuffle(even, odd, first);
+        *(rowvec_at *)(void *)(panel + RIGHT / 2) = __builtin_shuffle(even, odd, first + 16);
+    }
+}
+
+/* Whether [32, 32] from a row and a column on is there; `exact`: of bfloat16s as they stand, which needn't be taken apart. */
+INLINE int is_plain(int exact, const Matrix *m, int64_t row, int64_t column) {
+    return exact && row + WIDE <= m->rows && column + WIDE <= m->columns;
+}
+
 /* Tiles are written row by row, as a left side's are, and turned in their place. */
 INLINE void pack_along(int pieces, int exact, const Matrix *m, int64_t panel, uint32_t *to) {
     vec values[2][TILE];
     for (int64_t s = 0; s < wides(m->columns); s++, to += pieces * RIGHT)
         for (int64_t h = 0; h < 2; h++) {
             uint32_t *half = to + h * RIGHT / 2;
+            if (is_plain(exact, m, panel * WIDE, s * WIDE)) {
+                const void *from = row_of(m->at, (panel * WIDE + h * TILE) * m->columns + s * WIDE, 1, 1);
+                transpose(from, m->columns / 2, (float *)(void *)half, TILE);
+                continue;
+            }
             for (int64_t c = 0; c < 2; c++) square(m, panel * WIDE + h * TILE, s * WIDE + c * WIDTH, values[c]);
             for (int64_t r = 0; r < TILE; r++)
                 put_step(pieces, exact, values[0][r], values[1][r], (uint16_t *)(half + r * TILE), LEFT);
@@ -120,7 +142,11 @@ INLINE void pack_along(int pieces, int exact, const Matrix *m, int64_t panel, ui
 
 INLINE void pack_down(int pieces, int exact, const Matrix *m, int64_t panel, uint32_t *to) {
     vec values[TILE];
-    for (int64_t s = 0; s < wides(m->rows); s++, to += pieces * RIGHT)
+    for (int64_t s = 0; s < wides(m->rows); s++, to += pieces * RIGHT) {
+        if (is_plain(exact, m, s * WIDE, panel * WIDE)) {
+            pair_block(row_of(m->at, s * WIDE * m->columns + panel * WIDE, 1, 1), m->columns, to);
+            continue;
+        }
         for (int64_t h = 0; h < 2; h++)
             for (int64_t r = 0; r < WIDE; r += TILE) {
                 square(m, s * WIDE + r, panel * WIDE + h * TILE, values);
@@ -132,6 +158,7 @@ INLINE void pack_down(int pieces, int exact, const Matrix *m, int64_t panel, uin
                         *(vec_at *)(void *)(pairs + p * RIGHT) = (vec)(even[p] >> 16 | odd[p]);
                 }
             }
+    }
 }
 
 /* A panel of the right side of x M': 32 rows of M. */
@@ -160,17 +187,6 @@ INLINE void *some(Memory *m, int64_t bytes) {
 
 INLINE int64_t right_bytes(int pieces, int64_t depth, int64_t columns) {
     return wides(depth) * wides(columns) * pieces * RIGHT * 4;
-}
-
-/* A piece of a left block's step, 32 rows of 32 values, as that of a right panel that is summed over these rows. */
-INLINE void pair_block(const uint16_t *left, uint32_t *panel) {
-    const rowvec first = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    for (int64_t j = 0; j < WIDE / 2; j++, left += 2 * WIDE, panel += TILE) {
-        rowvec even = *(const rowvec_at *)left, odd = *(const rowvec_at *)(left + WIDE);
-        *(rowvec_at *)(void *)panel = __builtin_shuffle(even, odd, first);
-        *(rowvec_at *)(void *)(panel + RIGHT / 2) = __builtin_shuffle(even, odd, first + 16);
-    }
 }
 
 #endif
