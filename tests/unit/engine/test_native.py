@@ -136,7 +136,7 @@ def test_gates_as_large_as_they_come(activation: Activation, dtype: torch.dtype)
 
 
 def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even() -> None:
-    """A gate of 32 and more is its own SiLU, and the product of two bfloat16s is exact in float32: it is rounded once."""
+    """A gate of 32 or more is its own SiLU; the product of two bfloat16s is exact in float32, and rounded once."""
     draw = torch.Generator().manual_seed(3)
     gate = (32 + 200 * torch.rand(4096, generator=draw)).to(torch.bfloat16)
     up = torch.randn(4096, generator=draw).to(torch.bfloat16)
