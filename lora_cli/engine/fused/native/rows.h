@@ -65,7 +65,7 @@ INLINE void rotate_head(void *head, int narrow, const void *cosine, const void *
 /* 1 / (1 + e^-x). For bfloat16 to 3e-6, a thousandth of what its rounding costs: e^-x is 2^floor(y) times a polynomial on
  * [0, 1), and the processor's estimate of a reciprocal is bettered once. Below -87 it is as large as there. */
 INLINE vec logistic(vec x, int half) {
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
     if (half) {
         vec y = (vec)_mm512_min_ps(_mm512_set1_ps(126.0f), (__m512)(x * -1.44269504088896341f));
         vec r = (vec)_mm512_reduce_ps((__m512)y, 0x09);
