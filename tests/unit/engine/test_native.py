@@ -19,6 +19,7 @@ from lora_cli.engine.fused import fitting
 from lora_cli.engine.fused.fitting import fuse
 from lora_cli.engine.fused.native import compiled, kernels, proof
 from lora_cli.engine.fused.native import layer as native_layer
+from lora_cli.engine.fused.pointwise import GELU_TANH, SILU, Activation
 from lora_cli.engine.selftest import prove
 from lora_cli.engine.world import World
 from tests.unit.engine.learning import LENGTHS, PACKED, engine_steps, examples
@@ -29,6 +30,8 @@ from tests.unit.engine.tiny import tiny_config
 NATIVE = replace(PACKED, fusion="native")
 LONG = (300, 3, 191, 64, 1, 65, 40)
 """Documents of several blocks of 64 tokens, of whole ones, and of parts of one."""
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+"""Of a value by itself: in bfloat16 half of its last place, which is what rounding it once costs."""
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="needs a C compiler")
 
 
@@ -110,6 +113,38 @@ def test_a_second_way_back_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="runs once"):
         total.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [SILU, GELU_TANH])
+def test_gates_as_large_as_they_come(activation: Activation, dtype: torch.dtype) -> None:
+    """Sigmoids underflow and overflow, and nothing else does: no gate makes a number none."""
+    sizes = torch.logspace(-6, 12, 96)
+    gate = torch.cat([sizes, -sizes]).to(dtype)
+    rows = torch.stack([gate, torch.full_like(gate, 0.75)]).view(1, -1)
+    expected = activation.there(gate.double()) * 0.75
+    found = kernels.gated(rows, activation).double()
+    torch.testing.assert_close(found, expected[None], rtol=TOLERANCE[dtype], atol=1e-6)
+    grad = torch.ones(1, len(gate), dtype=dtype)
+    kernels.gated_back(rows, grad, activation)
+    torch.testing.assert_close(grad, found.to(dtype), rtol=0.0, atol=0.0)
+    slopes = rows.double()[:, : len(gate)]
+    small = gate.double().abs() < 60  # beyond, x (1 - sigmoid(x)) is the slope's only error
+    exact = activation.back(torch.full_like(gate, 0.75).double(), gate.double())
+    torch.testing.assert_close(slopes[:, small], exact[None, small], rtol=TOLERANCE[dtype], atol=1e-5)
+    assert slopes.isfinite().all()
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even() -> None:
+    """A gate of 32 or more is its own SiLU; the product of two bfloat16s is exact in float32, and rounded once."""
+    draw = torch.Generator().manual_seed(3)
+    gate = (32 + 200 * torch.rand(4096, generator=draw)).to(torch.bfloat16)
+    up = torch.randn(4096, generator=draw).to(torch.bfloat16)
+    exact = gate.float() * up.float()
+    ties = (exact.view(torch.int32) & 0xFFFF) == 0x8000
+    assert ties.sum() > 10
+    found = kernels.gated(torch.stack([gate, up]).view(1, -1), SILU)
+    assert torch.equal(found[0], exact.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -149,11 +149,7 @@ static Room room_of(int pieces, const Group *g, int64_t rows, Memory *memory) {
 }
 
 INLINE void rows_to_left(int pieces, const float *from, int64_t stride, int64_t rows, int64_t columns, uint16_t *left) {
-    int64_t steps = wides(columns);
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < columns; c += WIDTH) put_left(pieces, left, steps, r, c, load(from + r * stride, c, 0));
-        fill_left(pieces, left, steps, r, columns);
-    }
+    for (int64_t r = 0; r < rows; r++) put_row(pieces, left, wides(columns), r, from + r * stride, columns, 0);
 }
 
 /* `ranks` columns of rows, turned: [16 ranks at a time][steps of rows][pieces][16][32]. */
@@ -219,22 +215,34 @@ INLINE void group_low_back_done(int pieces, const Group *g, const Room *room) {
     turn_rows(pieces, room->back, low_stride(g), room->rows, g->ranks, room->back_turned);
 }
 
-/* `columns` of the input's gradient from `first` on, a multiple of 32, from the outputs' gradients or some of their steps:
- * `grad`, and `more` where there is such. */
-INLINE void group_back(int pieces, const Group *g, const Room *room, Left grad, const Left *more, int64_t first,
-                       int64_t columns, int64_t fresh, float *out, int64_t stride) {
+/* `columns` of the input's gradient from `first` on, a multiple of 32, from some steps of the outputs' gradients: `grad`
+ * and `more`. */
+INLINE void group_back(int pieces, const Group *g, const Room *room, Left grad, Left more, int64_t first, int64_t columns,
+                       int64_t fresh, float *out, int64_t stride) {
     int64_t steps = wides(g->outputs);
     const uint32_t *right = g->main + first / WIDE * steps * pieces * RIGHT;
-    Factor one = {grad, right, steps}, other = {more ? *more : grad, right, steps};
-    multiply(pieces, room->rows / WIDE, columns, &one, more ? &other : 0, fresh, out, stride);
+    Factor one = {grad, right, steps}, other = {more, right, steps};
+    multiply(pieces, room->rows / WIDE, columns, &one, &other, fresh, out, stride);
+}
+
+INLINE Factor low_in(const Group *g, const Room *room, int64_t first) {
+    int64_t ranks = wides(g->ranks);
+    return (Factor){whole_left(room->back_left, ranks), g->low_in + first / WIDE * ranks * RIGHT, ranks};
 }
 
 /* What the adapters add to that in bfloat16; g s B must be whole. */
 INLINE void group_back_low(int pieces, const Group *g, const Room *room, int64_t first, int64_t columns, float *out,
                            int64_t stride) {
-    int64_t ranks = wides(g->ranks);
-    Factor low = {whole_left(room->back_left, ranks), g->low_in + first / WIDE * ranks * pieces * RIGHT, ranks};
-    if (pieces == 1 && ranks) multiply(pieces, room->rows / WIDE, columns, &low, 0, 0, out, stride);
+    Factor low = low_in(g, room, first);
+    if (pieces == 1 && g->ranks) multiply(pieces, room->rows / WIDE, columns, &low, 0, 0, out, stride);
+}
+
+/* Both at once, from whole outputs' gradients. */
+INLINE void group_back_whole(int pieces, const Group *g, const Room *room, Left grad, int64_t first, int64_t columns,
+                             float *out, int64_t stride) {
+    int64_t steps = wides(g->outputs);
+    Factor one = {grad, g->main + first / WIDE * steps * pieces * RIGHT, steps}, low = low_in(g, room, first);
+    multiply(pieces, room->rows / WIDE, columns, &one, pieces == 1 && g->ranks ? &low : 0, 1, out, stride);
 }
 
 /* sums [ranks, columns] += what was turned times the rows that lie as left blocks, from a column on. */
@@ -244,7 +252,7 @@ INLINE void add_sums(int pieces, const Room *room, int64_t ranks, const uint16_t
     for (int64_t n = x.from * WIDE; n < least(columns, x.to * WIDE); n += WIDE) {
         int across = columns - n > TILE;
         for (int64_t m = 0; m < blocks * pieces; m++)
-            pair_block(x.at + ((m / pieces * x.steps + n / WIDE - x.from) * pieces + m % pieces) * LEFT,
+            pair_block(x.at + ((m / pieces * x.steps + n / WIDE - x.from) * pieces + m % pieces) * LEFT, WIDE,
                        room->panel + m * RIGHT);
         for (int64_t t = 0; t < ranks; t += WIDE) {
             int down = ranks - t > TILE;

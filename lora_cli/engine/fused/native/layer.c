@@ -25,13 +25,14 @@ typedef struct {
 
 INLINE void *row(const void *start, int64_t t, int64_t width, int half) { return row_of(start, t, width, half); }
 
-/* An RMS norm's output as a row of left blocks. */
-INLINE void put_normed(int pieces, uint16_t *left, int64_t steps, int64_t r, const void *x, const void *weight, double eps,
-                       int64_t width, int half) {
+/* An RMS norm's output as a row of left blocks; gives the input's inverse_rms. */
+INLINE float put_normed(int pieces, uint16_t *left, int64_t steps, int64_t r, const void *x, const void *weight, double eps,
+                        int64_t width, int half) {
     float inverse = inverse_rms(x, width, (float)eps, half);
-    for (int64_t c = 0; c < width; c += WIDTH)
-        put_left(pieces, left, steps, r, c, load(x, c, half) * inverse * load(weight, c, half));
-    fill_left(pieces, left, steps, r, width);
+    for (int64_t c = 0; c < width; c += WIDE)
+        put_wide(pieces, left, steps, r, c, load(x, c, half) * inverse * load(weight, c, half),
+                 load_or_0(x, c + WIDTH, width, half) * inverse * load_or_0(weight, c + WIDTH, width, half));
+    return inverse;
 }
 
 /* `columns` values from the bias's `first` one on. */
@@ -39,9 +40,17 @@ INLINE void add_bias(const void *bias, float *to, int64_t first, int64_t columns
     for (int64_t c = 0; bias && c < columns; c += WIDTH) store(to, c, load(to, c, 0) + load(bias, first + c, half), 0);
 }
 
-static void turn_heads(const Layer *l, float *to, int64_t token, float sign, int half) {
+INLINE void turn_heads(const Layer *l, float *to, int64_t token, float sign, int half) {
     const void *c = row(l->cosine, token, l->head, half), *s = row(l->sine, token, l->head, half);
-    for (int64_t h = 0; h < l->turned_heads; h++) rotate_head(to + h * l->head, 0, c, s, sign, l->head / 2, half);
+    for (int64_t i = 0, size = l->head / 2; i < size; i += WIDTH) { /* of all heads, so that positions are read once */
+        vec cosines[2] = {load(c, i, half), load(c, i + size, half)};
+        vec sines[2] = {load(s, i, half) * sign, load(s, i + size, half) * sign};
+        for (float *head = to + i; head < to + l->turned_heads * l->head; head += l->head) {
+            vec first = load(head, 0, 0), second = load(head, size, 0);
+            store(head, 0, first * cosines[0] - second * sines[0], 0);
+            store(head, size, second * cosines[1] + first * sines[1], 0);
+        }
+    }
 }
 
 INLINE Left left_of(const Own *own, int64_t number) { return whole_left(own->left[number], own->steps[number]); }
@@ -63,8 +72,8 @@ INLINE void inputs(const Pass *p, const Layer *l, const Own *own, int64_t first,
     }
 }
 
-INLINE vec activated(const Layer *l, vec gate, vec *slope) {
-    return l->activation == SILU ? activation(gate, SILU, slope) : activation(gate, GELU_TANH, slope);
+INLINE vec activated(const Layer *l, vec gate, vec *slope, int half) {
+    return l->activation == SILU ? activation(gate, SILU, slope, half) : activation(gate, GELU_TANH, slope, half);
 }
 
 /* Where gate and up are kept: 32 columns of each side by side, for 32 tokens after each other, so that memory is read and
@@ -91,12 +100,13 @@ INLINE void gate_and_up(const Pass *p, const Layer *l, const Own *own, int64_t f
             float *gate = gates + r * own->strides[1], *up = ups + r * own->strides[1];
             void *kept = kept_row(l, first + r, n, half);
             add_bias(l->gate.bias, gate, n, columns, half), add_bias(l->up.bias, up, n, columns, half);
-            for (int64_t c = 0; c < columns; c += WIDTH) {
-                vec slope, g = load(gate, c, 0), u = load(up, c, 0);
-                store(kept, c, g, half), store(kept, WIDE + c, u, half);
-                put_left(pieces, own->left[2], CHUNK, r, at + c, activated(l, g, &slope) * u);
+            vec slope, made[2];
+            for (int64_t i = 0; i < 2; i++) { /* columns that aren't there are 0 */
+                vec g = load(gate, i * WIDTH, 0), u = load(up, i * WIDTH, 0);
+                store(kept, i * WIDTH, g, half), store(kept, WIDE + i * WIDTH, u, half);
+                made[i] = activated(l, g, &slope, half) * u;
             }
-            fill_left(pieces, own->left[2], CHUNK, r, at + columns);
+            put_wide(pieces, own->left[2], CHUNK, r, at, made[0], made[1]);
         }
     }
 }
@@ -139,21 +149,19 @@ INLINE void activation_back(const Pass *p, const Layer *l, const Own *own, int64
     uint16_t *gates = own->left[GATE_UP], *ups = gates + CHUNK * pieces * LEFT, *activations = own->left[ACTIVATED];
     float *grads = own->rows[ACTIVATED];
     for (int64_t n = from * WIDE; n < to * WIDE; n += WIDE) {
-        group_back(pieces, &p->groups[2], &own->rooms[2], left_of(own, GRAD), 0, n, WIDE, 1, grads, own->strides[ACTIVATED]);
-        group_back_low(pieces, &p->groups[2], &own->rooms[2], n, WIDE, grads, own->strides[ACTIVATED]);
-        int64_t columns = least(WIDE, l->intermediate - n), at = n - from * WIDE;
+        group_back_whole(pieces, &p->groups[2], &own->rooms[2], left_of(own, GRAD), n, WIDE, grads, own->strides[ACTIVATED]);
+        int64_t at = n - from * WIDE;
         for (int64_t r = 0; r < count; r++) {
             const void *kept = kept_row(l, first + r, n, half);
-            for (int64_t c = 0; c < columns; c += WIDTH) {
-                vec slope, gate = load(kept, c, half), up = load(kept, WIDE + c, half), v = activated(l, gate, &slope);
-                vec grad = load(grads + r * own->strides[ACTIVATED], c, 0);
-                put_left(pieces, gates, 2 * CHUNK, r, at + c, grad * up * slope);
-                put_left(pieces, ups, 2 * CHUNK, r, at + c, grad * v);
-                put_left(pieces, activations, CHUNK, r, at + c, v * up);
+            vec to_gate[2], to_up[2], made[2];
+            for (int64_t i = 0; i < 2; i++) {
+                vec gate = load(kept, i * WIDTH, half), up = load(kept, WIDE + i * WIDTH, half), slope;
+                vec v = activated(l, gate, &slope, half), grad = load(grads + r * own->strides[ACTIVATED], i * WIDTH, 0);
+                to_gate[i] = grad * up * slope, to_up[i] = grad * v, made[i] = v * up;
             }
-            fill_left(pieces, gates, 2 * CHUNK, r, at + columns);
-            fill_left(pieces, ups, 2 * CHUNK, r, at + columns);
-            fill_left(pieces, activations, CHUNK, r, at + columns);
+            put_wide(pieces, gates, 2 * CHUNK, r, at, to_gate[0], to_gate[1]);
+            put_wide(pieces, ups, 2 * CHUNK, r, at, to_up[0], to_up[1]);
+            put_wide(pieces, activations, CHUNK, r, at, made[0], made[1]);
         }
     }
 }
@@ -178,7 +186,7 @@ INLINE void block_back(const Pass *p, const Layer *l, const Own *own, int64_t fi
         group_low_back(pieces, pair, pair_room, 0, gate), group_low_back(pieces, pair, pair_room, 1, up);
         sums_of_b(pieces, pair, pair_room, 0, gate, own->sums[1]), sums_of_b(pieces, pair, pair_room, 1, up, own->sums[1]);
         up.from += steps, up.to += steps; /* of both layers' outputs */
-        group_back(pieces, pair, pair_room, gate, &up, 0, l->width, !s, own->rows[HIDDEN], width);
+        group_back(pieces, pair, pair_room, gate, up, 0, l->width, !s, own->rows[HIDDEN], width);
     }
     sums_of_b(pieces, down, down_room, 0, left_of(own, GRAD), own->sums[2]);
     group_low_back_done(pieces, pair, pair_room);
@@ -189,24 +197,24 @@ INLINE void block_back(const Pass *p, const Layer *l, const Own *own, int64_t fi
 INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
     int pieces = half ? 1 : PIECES;
     int64_t width = l->width;
+    float inverse[ROWS];
     for (int64_t r = 0; r < count; r++) {
         put_row(pieces, own->left[GRAD], own->steps[GRAD], r, row(l->grad, first + r, width, half), width, half);
-        put_normed(pieces, own->left[NORMED], own->steps[NORMED], r, row(l->hidden, first + r, width, half), l->block_norm,
-                   l->block_eps, width, half);
+        inverse[r] = put_normed(pieces, own->left[NORMED], own->steps[NORMED], r, row(l->hidden, first + r, width, half),
+                                l->block_norm, l->block_eps, width, half);
         put_row(pieces, own->left[ATTENDED], own->steps[ATTENDED], r, row(l->attended, first + r, l->attended_width, half),
                 l->attended_width, half);
     }
     block_back(p, l, own, first, count, half);
     for (int64_t r = 0; r < count; r++) {
         void *to = row(l->hidden_grad, first + r, width, half);
-        norm_back_row(own->rows[HIDDEN] + r * own->strides[HIDDEN], 0, row(l->hidden, first + r, width, half), l->block_norm,
-                      row(l->grad, first + r, width, half), (float)l->block_eps, width, to, half);
+        norm_back_row(own->rows[HIDDEN] + r * own->strides[HIDDEN], 0, row(l->hidden, first + r, width, half), inverse[r],
+                      l->block_norm, row(l->grad, first + r, width, half), width, to, half);
         put_row(pieces, own->left[HIDDEN], own->steps[HIDDEN], r, to, width, half);
     }
     group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, ATTENDED), left_of(own, HIDDEN), own->sums[0]);
-    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, HIDDEN), 0, 0, l->attended_width, 1, own->rows[ATTENDED],
-               own->strides[ATTENDED]);
-    group_back_low(pieces, &p->groups[0], &own->rooms[0], 0, l->attended_width, own->rows[ATTENDED], own->strides[ATTENDED]);
+    group_back_whole(pieces, &p->groups[0], &own->rooms[0], left_of(own, HIDDEN), 0, l->attended_width, own->rows[ATTENDED],
+                     own->strides[ATTENDED]);
     for (int64_t r = 0; r < count; r++) {
         void *to = row(l->attended_grad, first + r, l->attended_width, half);
         for (int64_t c = 0; c < l->attended_width; c += WIDTH)
@@ -217,23 +225,23 @@ INLINE void outputs_back(const Pass *p, const Layer *l, const Own *own, int64_t 
 INLINE void inputs_back(const Pass *p, const Layer *l, const Own *own, int64_t first, int64_t count, int half) {
     int pieces = half ? 1 : PIECES;
     int64_t width = l->width, outputs = p->groups[0].outputs;
+    float inverse[ROWS];
     for (int64_t r = 0; r < count; r++) {
         float *grads = own->rows[GRAD];
         const void *from = row(l->qkv_grad, first + r, outputs, half);
         for (int64_t c = 0; c < outputs; c += WIDTH) store(grads, c, load(from, c, half), 0);
         turn_heads(l, grads, first + r, -1.0f, half);
         put_row(pieces, own->left[GRAD], own->steps[GRAD], r, grads, outputs, 0);
-        put_normed(pieces, own->left[NORMED], own->steps[NORMED], r, row(l->x, first + r, width, half), l->attention_norm,
-                   l->attention_eps, width, half);
+        inverse[r] = put_normed(pieces, own->left[NORMED], own->steps[NORMED], r, row(l->x, first + r, width, half),
+                                l->attention_norm, l->attention_eps, width, half);
     }
     group_sums(pieces, &p->groups[0], &own->rooms[0], left_of(own, NORMED), left_of(own, GRAD), own->sums[0]);
     if (!l->x_grad) return;
-    group_back(pieces, &p->groups[0], &own->rooms[0], left_of(own, GRAD), 0, 0, width, 1, own->rows[HIDDEN],
-               own->strides[HIDDEN]);
-    group_back_low(pieces, &p->groups[0], &own->rooms[0], 0, width, own->rows[HIDDEN], own->strides[HIDDEN]);
+    group_back_whole(pieces, &p->groups[0], &own->rooms[0], left_of(own, GRAD), 0, width, own->rows[HIDDEN],
+                     own->strides[HIDDEN]);
     for (int64_t r = 0; r < count; r++)
-        norm_back_row(own->rows[HIDDEN] + r * own->strides[HIDDEN], 0, row(l->x, first + r, width, half), l->attention_norm,
-                      row(l->hidden_grad, first + r, width, half), (float)l->attention_eps, width,
+        norm_back_row(own->rows[HIDDEN] + r * own->strides[HIDDEN], 0, row(l->x, first + r, width, half), inverse[r],
+                      l->attention_norm, row(l->hidden_grad, first + r, width, half), width,
                       row(l->x_grad, first + r, width, half), half);
 }
 

@@ -24,8 +24,12 @@ INLINE uint16_t *left_at(int pieces, uint16_t *left, int64_t steps, int64_t row,
 /* Values `column` to `column` + 15 of a row of left blocks. */
 INLINE void put_left(int pieces, uint16_t *left, int64_t steps, int64_t row, int64_t column, vec v) {
     uvec found[PIECES];
-    split(pieces, 0, v, found);
     left = left_at(pieces, left, steps, row, column);
+    if (pieces == 1) {
+        *(hvec_at *)left = narrowed(v);
+        return;
+    }
+    split(pieces, 0, v, found);
     for (int p = 0; p < pieces; p++) *(hvec_at *)(left + p * LEFT) = upper_half(found[p]);
 }
 
@@ -48,15 +52,28 @@ INLINE void put_step(int pieces, int exact, vec first, vec second, uint16_t *to,
         *(rowvec_at *)(to + p * piece) = __builtin_shuffle((rowvec)one[p], (rowvec)other[p], uppers);
 }
 
-/* Zeros up to a whole step, in a row of `width` values. */
-INLINE void fill_left(int pieces, uint16_t *left, int64_t steps, int64_t row, int64_t width) {
-    if (width % WIDE) put_left(pieces, left, steps, row, width, (vec){0});
+/* A whole step of a row of left blocks, values `column` to `column` + 31. */
+INLINE void put_wide(int pieces, uint16_t *left, int64_t steps, int64_t row, int64_t column, vec first, vec second) {
+    if (pieces == 1) {
+        put_step(1, 0, first, second, left_at(1, left, steps, row, column), LEFT);
+        return;
+    }
+    put_left(pieces, left, steps, row, column, first);
+    put_left(pieces, left, steps, row, column + WIDTH, second);
 }
 
-/* A row of bfloat16 or float32. */
+/* Values `index` to `index` + 15 of a row of `width`, or zeros where it has ended. */
+INLINE vec load_or_0(const void *row, int64_t index, int64_t width, int half) {
+    return index < width ? load(row, index, half) : (vec){0};
+}
+
+/* A row of bfloat16 or float32, with zeros up to a whole step. */
 INLINE void put_row(int pieces, uint16_t *left, int64_t steps, int64_t r, const void *from, int64_t width, int half) {
-    for (int64_t c = 0; c < width; c += WIDTH) put_left(pieces, left, steps, r, c, load(from, c, half));
-    fill_left(pieces, left, steps, r, width);
+    for (int64_t c = 0; c < width; c += WIDE) {
+        if (pieces == 1 && half && c + WIDE <= width)
+            memcpy(left_at(1, left, steps, r, c), (const uint16_t *)from + c, WIDE * 2);
+        else put_wide(pieces, left, steps, r, c, load(from, c, half), load_or_0(from, c + WIDTH, width, half));
+    }
 }
 
 /* A matrix of 16-wide columns, bfloat16 or float32, plus b a where it has one: b [rows, rank], a [rank, columns]. */
@@ -87,12 +104,34 @@ INLINE void square(const Matrix *m, int64_t row, int64_t column, vec to[TILE]) {
     }
 }
 
+/* 32 rows of 32 bfloat16s, `row` apart, as a step of a right panel that is summed over these rows; of a left block's it is
+ * one piece. */
+INLINE void pair_block(const uint16_t *from, int64_t row, uint32_t *panel) {
+    const rowvec first = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    for (int64_t j = 0; j < WIDE / 2; j++, from += 2 * row, panel += TILE) {
+        rowvec even = *(const rowvec_at *)from, odd = *(const rowvec_at *)(from + row);
+        *(rowvec_at *)(void *)panel = __builtin_shuffle(even, odd, first);
+        *(rowvec_at *)(void *)(panel + RIGHT / 2) = __builtin_shuffle(even, odd, first + 16);
+    }
+}
+
+/* Whether [32, 32] from a row and a column on is there; `exact`: of bfloat16s as they stand, which needn't be taken apart. */
+INLINE int is_plain(int exact, const Matrix *m, int64_t row, int64_t column) {
+    return exact && row + WIDE <= m->rows && column + WIDE <= m->columns;
+}
+
 /* Tiles are written row by row, as a left side's are, and turned in their place. */
 INLINE void pack_along(int pieces, int exact, const Matrix *m, int64_t panel, uint32_t *to) {
     vec values[2][TILE];
     for (int64_t s = 0; s < wides(m->columns); s++, to += pieces * RIGHT)
         for (int64_t h = 0; h < 2; h++) {
             uint32_t *half = to + h * RIGHT / 2;
+            if (is_plain(exact, m, panel * WIDE, s * WIDE)) {
+                const void *from = row_of(m->at, (panel * WIDE + h * TILE) * m->columns + s * WIDE, 1, 1);
+                transpose(from, m->columns / 2, (float *)(void *)half, TILE);
+                continue;
+            }
             for (int64_t c = 0; c < 2; c++) square(m, panel * WIDE + h * TILE, s * WIDE + c * WIDTH, values[c]);
             for (int64_t r = 0; r < TILE; r++)
                 put_step(pieces, exact, values[0][r], values[1][r], (uint16_t *)(half + r * TILE), LEFT);
@@ -103,7 +142,11 @@ INLINE void pack_along(int pieces, int exact, const Matrix *m, int64_t panel, ui
 
 INLINE void pack_down(int pieces, int exact, const Matrix *m, int64_t panel, uint32_t *to) {
     vec values[TILE];
-    for (int64_t s = 0; s < wides(m->rows); s++, to += pieces * RIGHT)
+    for (int64_t s = 0; s < wides(m->rows); s++, to += pieces * RIGHT) {
+        if (is_plain(exact, m, s * WIDE, panel * WIDE)) {
+            pair_block(row_of(m->at, s * WIDE * m->columns + panel * WIDE, 1, 1), m->columns, to);
+            continue;
+        }
         for (int64_t h = 0; h < 2; h++)
             for (int64_t r = 0; r < WIDE; r += TILE) {
                 square(m, s * WIDE + r, panel * WIDE + h * TILE, values);
@@ -115,6 +158,7 @@ INLINE void pack_down(int pieces, int exact, const Matrix *m, int64_t panel, uin
                         *(vec_at *)(void *)(pairs + p * RIGHT) = (vec)(even[p] >> 16 | odd[p]);
                 }
             }
+    }
 }
 
 /* A panel of the right side of x M': 32 rows of M. */
@@ -143,17 +187,6 @@ INLINE void *some(Memory *m, int64_t bytes) {
 
 INLINE int64_t right_bytes(int pieces, int64_t depth, int64_t columns) {
     return wides(depth) * wides(columns) * pieces * RIGHT * 4;
-}
-
-/* A piece of a left block's step, 32 rows of 32 values, as that of a right panel that is summed over these rows. */
-INLINE void pair_block(const uint16_t *left, uint32_t *panel) {
-    const rowvec first = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                          8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    for (int64_t j = 0; j < WIDE / 2; j++, left += 2 * WIDE, panel += TILE) {
-        rowvec even = *(const rowvec_at *)left, odd = *(const rowvec_at *)(left + WIDE);
-        *(rowvec_at *)(void *)panel = __builtin_shuffle(even, odd, first);
-        *(rowvec_at *)(void *)(panel + RIGHT / 2) = __builtin_shuffle(even, odd, first + 16);
-    }
 }
 
 #endif

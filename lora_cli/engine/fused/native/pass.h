@@ -27,11 +27,12 @@ typedef struct {
     uint16_t *left[BUFFERS];
 } Own;
 
-/* Blocks of about one size, as many for each thread. */
-static int64_t rows_of_block(int64_t tokens) {
-    int64_t threads = omp_get_max_threads(), blocks = whole((tokens + ROWS - 1) / ROWS, threads);
-    return whole((tokens + blocks - 1) / blocks, WIDE);
-}
+/* As many blocks for each thread, unless some would be without any rows. They differ by 32 rows at most, and so do what
+ * threads have to do. */
+static int64_t blocks_of(int64_t tokens) { return least(whole((tokens + ROWS - 1) / ROWS, omp_get_max_threads()), wides(tokens)); }
+
+/* Where the i-th of `blocks` begins. */
+INLINE int64_t block_at(int64_t tokens, int64_t blocks, int64_t i) { return wides(tokens) * i / blocks * WIDE; }
 
 /* The sums come first; `*scratch` is where the rest begins. */
 static Own own_of(const Pass *p, Memory *memory, size_t *scratch) {
@@ -48,6 +49,15 @@ static Own own_of(const Pass *p, Memory *memory, size_t *scratch) {
         if (p->left_widths[i]) own.left[i] = some(memory, p->rows * own.steps[i] * pieces * WIDE * 2);
     }
     return own;
+}
+
+/* Rows from `count` up to a whole block's are 0, and add nothing to any sum. Only left blocks are written row by row. */
+static void clear_rows(const Pass *p, const Own *own, int64_t count) {
+    int pieces = p->half ? 1 : PIECES;
+    for (int64_t i = 0; count % WIDE && i < BUFFERS; i++)
+        for (int64_t s = 0; s < own->steps[i] * pieces; s++)
+            memset(left_at(pieces, own->left[i], own->steps[i], count, 0) + s * LEFT, 0,
+                   (size_t)(WIDE - count % WIDE) * WIDE * 2);
 }
 
 static void pack_groups(const Pass *p) {
@@ -70,7 +80,8 @@ static int run_pass(Pass *p, const void *layer, Groups *groups, Block *block) {
     Memory shared = {0}, each = {0};
     size_t scratch;
     int64_t threads = omp_get_max_threads();
-    p->rows = rows_of_block(p->tokens);
+    int64_t blocks = blocks_of(p->tokens);
+    p->rows = (wides(p->tokens) + blocks - 1) / blocks * WIDE;
     groups(p, layer, &shared);
     (void)own_of(p, &each, &scratch);
     char *bytes = aligned_alloc(64, shared.used + (size_t)threads * each.used);
@@ -84,14 +95,16 @@ static int run_pass(Pass *p, const void *layer, Groups *groups, Block *block) {
     {
         Memory memory = {bytes + begin + (size_t)omp_get_thread_num() * each.used, 0};
         size_t from;
-        const Own own = own_of(p, &memory, &from);
+        Own own = own_of(p, &memory, &from);
         memset(memory.at, 0, from);
         open_tiles();
         pack_groups(p);
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < p->tokens; first += p->rows) {
-            int64_t count = least(p->rows, p->tokens - first);
-            if (count < p->rows) memset(memory.at + from, 0, each.used - from); /* rows that aren't there add nothing */
+        for (int64_t n = 0; n < blocks; n++) {
+            int64_t first = block_at(p->tokens, blocks, n), rows = block_at(p->tokens, blocks, n + 1) - first;
+            int64_t count = least(rows, p->tokens - first);
+            for (int64_t i = 0; i < p->count; i++) own.rooms[i].rows = rows;
+            clear_rows(p, &own, count);
             block(p, layer, &own, first, count);
         }
         _tile_release();

@@ -55,8 +55,8 @@ EXPORT void rms_norm_back(int half, int64_t rows, int64_t width, const void *gra
     for (int64_t t = 0; t < rows; t++) {
         void *g = row_of(grad, t, grad_stride, half), *xs = row_of(x, t, width, half);
         void *r = row_of(residual, t, width, half), *to = row_of(out, t, width, half);
-        if (half) norm_back_row(g, 1, xs, weight, r, eps, width, to, 1);
-        else norm_back_row(g, 0, xs, weight, r, eps, width, to, 0);
+        if (half) norm_back_row(g, 1, xs, inverse_rms(xs, width, eps, 1), weight, r, width, to, 1);
+        else norm_back_row(g, 0, xs, inverse_rms(xs, width, eps, 0), weight, r, width, to, 0);
     }
 }
 
@@ -92,7 +92,7 @@ INLINE void store_some(void *row, int64_t index, vec v, int64_t count, int half)
 
 INLINE void gated_row(const void *gate, const void *up, void *out, int64_t width, int kind, int half) {
     for (int64_t i = 0; i < width; i += WIDTH) {
-        vec slope, v = activation(load_some(gate, i, width - i, half), kind, &slope);
+        vec slope, v = activation(load_some(gate, i, width - i, half), kind, &slope, half);
         store_some(out, i, v * load_some(up, i, width - i, half), width - i, half);
     }
 }
@@ -117,7 +117,7 @@ INLINE void gated_back_row(void *gate, void *up, void *grad, int64_t width, int 
     for (int64_t i = 0; i < width; i += WIDTH) {
         int64_t count = width - i;
         vec slope, g = load_some(grad, i, count, half), u = load_some(up, i, count, half);
-        vec v = activation(load_some(gate, i, count, half), kind, &slope);
+        vec v = activation(load_some(gate, i, count, half), kind, &slope, half);
         store_some(gate, i, g * u * slope, count, half);
         store_some(up, i, g * v, count, half);
         store_some(grad, i, v * u, count, half);

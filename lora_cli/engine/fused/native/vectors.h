@@ -57,12 +57,21 @@ INLINE uvec rounded_bits(vec v) {
     return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
 }
 
+/* Sixteen values as bfloat16s. Where the processor rounds by itself, what is denormal becomes 0, as tiles take it. */
+INLINE hvec narrowed(vec v) {
+#ifdef __AVX512BF16__
+    return (hvec)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return __builtin_convertvector(rounded_bits(v) >> 16, hvec);
+#endif
+}
+
 INLINE void store(void *row, int64_t index, vec value, int half) {
     if (!half) {
         *(vec_at *)((float *)row + index) = value;
         return;
     }
-    *(hvec_at *)((uint16_t *)row + index) = __builtin_convertvector(rounded_bits(value) >> 16, hvec);
+    *(hvec_at *)((uint16_t *)row + index) = narrowed(value);
 }
 
 /* The address of a row of `stride` values. */
@@ -121,9 +130,13 @@ INLINE vec exponential_vec(vec x) {
 #endif
 
 INLINE float sum_of(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float total = 0;
     for (int i = 0; i < WIDTH; i++) total += v[i];
     return total;
+#endif
 }
 
 INLINE float largest_of(vec v) {
