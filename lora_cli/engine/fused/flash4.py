@@ -14,6 +14,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,10 +47,11 @@ class Heads:
 
 
 def installed() -> bool:
-    """Whether the package is; importing it takes seconds."""
+    """Whether the package is, by its own name: flash-attn 2 brings parts of it along. Importing it takes seconds."""
     try:
+        version("flash-attn-4")
         return find_spec("flash_attn.cute") is not None
-    except ModuleNotFoundError:
+    except (PackageNotFoundError, ModuleNotFoundError):
         return False
 
 

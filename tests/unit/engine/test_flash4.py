@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -119,6 +120,16 @@ def test_what_is_wrong_is_said(broken: Any, verdict: str | None) -> None:
     with mock.patch.object(documents, "attend", attend_differently):
         found = flash4.prove(flash4.Heads(4, 2, 32), torch.float32, torch.device("cpu"))
     assert found == verdict if verdict is None else (found or "").startswith(verdict)
+
+
+def test_it_is_known_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    assert not flash4.installed(), "as flash-attn 2 leaves it"
+    (tmp_path / "flash_attn_4-4.0.0b36.dist-info").mkdir()
+    (tmp_path / "flash_attn_4-4.0.0b36.dist-info" / "METADATA").write_text("Name: flash-attn-4\nVersion: 4.0.0b36\n")
+    assert flash4.installed()
 
 
 def run_config(**train: Any) -> tuple[Config, LlamaConfig]:
