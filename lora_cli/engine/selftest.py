@@ -24,6 +24,7 @@ from lora_cli.config import AdapterConfig, Config, QuantizationConfig
 from lora_cli.engine import attention
 from lora_cli.engine.batch import FlatBatch, flatten
 from lora_cli.engine.computation import Computation, Packing
+from lora_cli.engine.distance import distance
 from lora_cli.engine.fused import flash4
 from lora_cli.engine.fused.fitting import Fusion, fits_target, fuse
 from lora_cli.engine.fused.native import kernels
@@ -164,8 +165,8 @@ def _prove_packing(model: PreTrainedModel, own: str, wanted: str) -> Proof:
             failures[packing] = _line(error)
             continue
         first = _LENGTHS[0]
-        leak = _relative(packed[first:], replaced[first:])
-        difference = _relative(packed, expected)
+        leak = distance(packed[first:], replaced[first:])
+        difference = distance(packed, expected)
         if leak <= TOLERANCE and difference <= TOLERANCE:
             reasons = (f"packs under a block-diagonal mask: {failures['documents']}",) if failures else ()
             return Proof(packing, "chunked", own, reasons, leak, difference, UNKNOWN)
@@ -195,7 +196,7 @@ def _prove_loss(
     except Exception as error:
         return replace(proof, loss="full", notes=(*proof.notes, f"full loss, {_line(error)}"))
     # Apart from each other: the loss is a sum over tokens, and next to it every gradient would look small.
-    apart = max(_relative(one, other) for one, other in zip(chunked, full, strict=True))
+    apart = max(distance(one, other) for one, other in zip(chunked, full, strict=True))
     if apart <= TOLERANCE:
         return replace(proof, loss="chunked", loss_error=apart)
     note = f"full loss, the chunked one differs by {apart:.1e}"
@@ -228,7 +229,7 @@ def _prove_fusion(model: PreTrainedModel, proof: Proof, native: torch.dtype | No
             if not fuse(model, fusion):
                 continue
             found = _loss_and_gradient(model, trained, replace(computation, fusion=fusion), batch)
-            if max(_relative(one, other) for one, other in zip(found, expected, strict=True)) > TOLERANCE:
+            if max(distance(one, other) for one, other in zip(found, expected, strict=True)) > TOLERANCE:
                 continue
             if fusion != "native" or native == torch.float32 or _holds_in(native, model, computation, batch, expected):
                 return fusion
@@ -312,12 +313,6 @@ def _documents(seed: int) -> list[np.ndarray]:
 
 def _batch(documents: list[np.ndarray]) -> FlatBatch:
     return flatten(documents, [np.ones(len(d), dtype=bool) for d in documents], torch.device("cpu"))
-
-
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    if not torch.isfinite(actual).all() or actual.shape != expected.shape:
-        return float("inf")
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _line(error: Exception) -> str:

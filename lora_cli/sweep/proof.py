@@ -17,6 +17,7 @@ from lora_cli.config import AdapterConfig
 from lora_cli.engine.assembly import causal_lm
 from lora_cli.engine.batch import flatten
 from lora_cli.engine.computation import Computation
+from lora_cli.engine.distance import distance
 from lora_cli.engine.miniature import NoMiniature, miniature
 from lora_cli.engine.selftest import TOLERANCE
 from lora_cli.errors import ModelError
@@ -111,19 +112,13 @@ def _largest_difference(base: PreTrainedModel, computation: Computation, configs
 
 def _compare(alone: list[tuple[Tensor, ...]], together: list[tuple[Tensor, ...]], counts: Sequence[int]) -> float:
     sums = torch.cat([each[0] for each in together])
-    worst = _relative(sums, torch.cat([each[0] for each in alone]))
+    worst = distance(sums, torch.cat([each[0] for each in alone]))
     start = 1
     for member, count in enumerate(counts):
         weight = 1 if len(together) > 1 else member + 1
         own = torch.cat([grad.flatten() for grad in alone[member][start : start + count]]) * weight
         shared = sum(torch.cat([grad.flatten() for grad in each[start : start + count]]) for each in together)
         assert isinstance(shared, Tensor)
-        worst = max(worst, _relative(shared, own))
+        worst = max(worst, distance(shared, own))
         start += count
     return worst
-
-
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    if not torch.isfinite(actual).all():
-        return float("inf")
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

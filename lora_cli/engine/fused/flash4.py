@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.data.cache import cache_folder
+from lora_cli.engine.distance import distance
 
 TOLERANCE = 2e-2
 """Of the largest value, from PyTorch's own kernel in the same 16 bits."""
@@ -87,7 +88,7 @@ def prove(heads: Heads, dtype: torch.dtype, device: torch.device) -> str | None:
                 arguments = (query, key, value, where, heads.size**-0.5)
                 out: Tensor = Attention.apply(*arguments)  # type: ignore[no-untyped-call]
                 results.append((out.detach(), *torch.autograd.grad(out, (query, key, value), grad)))
-            apart = max(_apart(found, expected) for expected, found in zip(*results, strict=True))
+            apart = max(distance(found, expected) for expected, found in zip(*results, strict=True))
             if apart > TOLERANCE:
                 return f"its results are {apart:.0e} from those of PyTorch's kernel"
     except Exception as error:  # a compiler of its own, in beta
@@ -96,13 +97,6 @@ def prove(heads: Heads, dtype: torch.dtype, device: torch.device) -> str | None:
     finally:
         torch.cuda.empty_cache()  # what is free is asked for next
     return None
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.float(), expected.float()
-    if not torch.isfinite(found).all():
-        return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def flash4(

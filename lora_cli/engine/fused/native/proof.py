@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_cli.engine.distance import distance
 from lora_cli.engine.fused import documents, pointwise
 from lora_cli.engine.fused.documents import Documents
 from lora_cli.engine.fused.gated import GatedBlock
@@ -64,24 +65,17 @@ def holds(sizes: Sizes, dtype: torch.dtype) -> bool:
     if dtype not in TOLERANCES:
         return False
     return all(
-        _apart(found, expected) <= TOLERANCES[kind]
+        distance(found, expected) <= TOLERANCES[kind]
         for kind in {torch.float32, dtype}
         for found, expected in (
             *(*_attention(sizes, kind), *_norms(sizes, kind)),
             *(*_gates(sizes, kind), *_losses(sizes, kind)),
         )
     ) and all(
-        _apart(found, expected) <= _LAYER_TOLERANCES[kind]
+        distance(found, expected) <= _LAYER_TOLERANCES[kind]
         for kind in {torch.float32, dtype}
         for found, expected in _layer(sizes, kind)
     )
-
-
-def _apart(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.float(), expected.float()
-    if not torch.isfinite(found).all():
-        return float("inf")
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
 def _random(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
