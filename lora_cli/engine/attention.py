@@ -48,8 +48,7 @@ class UnsupportedAttention(Exception):
 
 def boundaries(batch: FlatBatch, *, flash4: bool = False) -> dict[str, Any]:
     """The keyword arguments that carry a batch's document boundaries through a model, and which kernels to take."""
-    more = {"flash4": True} if flash4 else {}
-    return {"document_lengths": batch.document_lengths, "cu_seq_lens_q": batch.cu_seqlens, **more}
+    return {"document_lengths": batch.document_lengths, "cu_seq_lens_q": batch.cu_seqlens, "flash4": flash4}
 
 
 def document_attention(

@@ -90,7 +90,7 @@ def attend(
     """[T, H, E], and what `attend_back` needs."""
     if query_THE.is_cuda:
         given = (query_THE, key_TKE, value_TKE)
-        if documents.flash4 and flash4.pays(documents.lengths) and _flash4_takes(query_THE):
+        if _by_flash4(query_THE, documents):
             out, log_sums = flash4.flash4(*given, *_for_flash4(documents), scale)
             return out, [*given, log_sums]
         out, log_sums, seed, unused, _ = aten._flash_attention_forward(
@@ -114,7 +114,7 @@ def attend_back(
     grad_THE: Tensor, out_THE: Tensor, kept: Sequence[Tensor], documents: Documents, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from those of `attend`'s output, that output and what it kept."""
-    if grad_THE.is_cuda and len(kept) == _KEPT_BY_FLASH4:
+    if grad_THE.is_cuda and _by_flash4(kept[0], documents):
         query, key, value, log_sums = kept
         return flash4.flash4_back(grad_THE, query, key, value, out_THE, log_sums, *_for_flash4(documents), scale)
     if grad_THE.is_cuda:
@@ -164,12 +164,9 @@ def _on_card(documents: Documents) -> tuple[Any, ...]:
     return documents.starts, documents.starts, longest, longest, 0.0, documents.window is None
 
 
-_KEPT_BY_FLASH4 = 4
-"""Tensors; PyTorch's kernel keeps two more, for dropout."""
-
-
-def _flash4_takes(query_THE: Tensor) -> bool:
-    return flash4.takes(query_THE.shape[-1], query_THE.dtype, query_THE.device)
+def _by_flash4(query_THE: Tensor, documents: Documents) -> bool:
+    proven = documents.flash4 and flash4.pays(documents.lengths)
+    return proven and flash4.takes(query_THE.shape[-1], query_THE.dtype, query_THE.device)
 
 
 def _for_flash4(documents: Documents) -> tuple[Tensor, int, int | None]:

@@ -24,12 +24,8 @@ INLINE uint16_t *left_at(int pieces, uint16_t *left, int64_t steps, int64_t row,
 /* Values `column` to `column` + 15 of a row of left blocks. */
 INLINE void put_left(int pieces, uint16_t *left, int64_t steps, int64_t row, int64_t column, vec v) {
     uvec found[PIECES];
-    left = left_at(pieces, left, steps, row, column);
-    if (pieces == 1) {
-        *(hvec_at *)left = narrowed(v);
-        return;
-    }
     split(pieces, 0, v, found);
+    left = left_at(pieces, left, steps, row, column);
     for (int p = 0; p < pieces; p++) *(hvec_at *)(left + p * LEFT) = upper_half(found[p]);
 }
 
